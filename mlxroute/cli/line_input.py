@@ -68,6 +68,8 @@ class LineReader:
             self._prompt_stream.flush()
         line = "" if self._is_lost else read_piped(self._read_line)
         if not line:
+            if self._prompt_stream is not None:
+                self._prompt_stream.write("\n")
             raise EOFError
         return line.rstrip("\n")
 

@@ -228,11 +228,12 @@ class _Download:
 
         An error raised in Xet's reports of progress would not end its download.
         """
+        # Before the abort, after which a thread could begin the next file in a new session.
+        self._is_stopped = True
         with contextlib.suppress(ImportError):
             from huggingface_hub.utils._xet import abort_xet_session
 
             abort_xet_session()  # type: ignore[no-untyped-call]
-        self._is_stopped = True
 
     def _wait_for_next(self, downloads: DaemonTasks[None]) -> None:
         while True:

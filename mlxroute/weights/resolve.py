@@ -9,12 +9,12 @@ fetched from the package index, and a file of the user is used where it is.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlxroute.catalog import Catalog
-from mlxroute.errors import CorruptWeights
+from mlxroute.errors import CorruptWeights, WeightsError
 from mlxroute.types import Notify, Progress
 from mlxroute.weights.model_sources import Sources
 from mlxroute.weights.request import (
@@ -112,19 +112,28 @@ def pull(
     store = Store(cache_dir)
     # Without the lock: a cache that cannot be written has none, and another process may replace
     # the model now, so that damage is certain only below.
-    with suppress(CorruptWeights):
+    damage: CorruptWeights | None = None
+    try:
         model = find_cached(store, request, hash_progress=progress)
         if model is not None:
             return model
+    except CorruptWeights as exc:
+        damage = exc
     if not store.model_dir(request.key).exists():
         check_fetch(store, request, offline=offline)
-    with store.lock(request.key, notify=notify) as staging_key:
+    with ExitStack() as stack:
+        try:
+            staging_key = stack.enter_context(store.lock(request.key, notify=notify))
+        except WeightsError as exc:
+            if damage is None:
+                raise
+            raise WeightsError(f"{_without_advice(damage)}; {exc}") from exc
         try:
             model = find_cached(store, request, hash_progress=progress)
         except CorruptWeights as exc:
             if offline and request.needs_network:
                 raise
-            notify(str(exc).partition(": run")[0] + "; fetching it again")
+            notify(f"{_without_advice(exc)}; fetching it again")
             store.discard(request.key)
             model = None
         if model is None:
@@ -159,3 +168,8 @@ def check_sources() -> dict[str, str | None]:
     checks = {"hub": hub_listing.find_problem, "package index": package_index.find_problem}
     with ThreadPoolExecutor(len(checks)) as pool:
         return dict(zip(checks, pool.map(lambda check: check(), checks.values()), strict=True))
+
+
+def _without_advice(damage: CorruptWeights) -> str:
+    """Return what is damaged, without the advice to fetch it again."""
+    return str(damage).partition(": run")[0]

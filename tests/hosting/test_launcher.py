@@ -332,7 +332,8 @@ def test_servers_at_the_same_time_have_a_log_each(tiny: Path, tmp_path: Path) ->
         with launch(tiny, tmp_path) as second:
             assert second.log_path == log.with_name("host-2.log")
         assert log.read_text().startswith("of the first")
-    launch(tiny, tmp_path).close()
+    with launch(tiny, tmp_path) as third:
+        assert third.log_path == log
     assert sorted(log.parent.iterdir()) == [second.log_path, log]
 
 

@@ -224,6 +224,8 @@ class _Chat:
             self.unanswered = ""
 
     def _help(self, value: str) -> None:
+        from prompt_toolkit.utils import is_dumb_terminal
+
         from mlxroute.cli.terminal import make_table
 
         table = make_table("", "")
@@ -231,7 +233,9 @@ class _Chat:
         for name, command in _COMMANDS.items():
             table.add_row(f"{name} {command.takes}", command.help, style="dim")
         self._err.print(table)
-        self.print_line(_KEYS_HELP)
+        # There is no line editor there.
+        if not is_dumb_terminal():
+            self.print_line(_KEYS_HELP)
 
     def _reset(self, value: str) -> None:
         from mlxroute.conversation import Conversation

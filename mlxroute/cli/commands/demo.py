@@ -92,7 +92,7 @@ def _fetch_pair(
     from mlxroute.weights import resolve
 
     failure: WeightsError | None = None
-    for pair in pairs:
+    for number, pair in enumerate(pairs, start=1):
         err.print(f"models: {pair.small} here, {pair.large} as the large one")
         as_gguf = machine.serves_gguf(pair.large, catalog)
         if as_gguf:
@@ -112,8 +112,9 @@ def _fetch_pair(
         except WeightsError as exc:
             if not isinstance(exc, SourceUnreachable) and exc.parameter != "offline":
                 raise
-            err.print(f"{exc}; trying the next pair", style="yellow")
             failure = failure or exc
+            if number < len(pairs):
+                err.print(f"{exc}; trying the next pair", style="yellow")
         else:
             return pair, local
     raise failure or SourceUnreachable("the catalogue names no pair")

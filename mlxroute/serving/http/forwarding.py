@@ -232,6 +232,8 @@ def _sent_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     for tools, choice in zip(TOOL_FIELDS, TOOL_CHOICE_FIELDS, strict=True):
         if tools not in sent and sent.get(choice) in (None, "none", "auto"):
             sent.pop(choice, None)
+    if "tools" not in sent:
+        sent.pop("parallel_tool_calls", None)
     return sent
 
 

@@ -155,6 +155,7 @@ _SCHEMA: dict[str, Any] = {"response_format": {"type": "json_object"}}
             {"max_completion_tokens": 100, "tools": _TOOLS},
         ),
         ({**_SCHEMA, "tools": [], "tool_choice": "auto", "functions": None}, _SCHEMA),
+        ({**_SCHEMA, "tools": [], "parallel_tool_calls": True}, _SCHEMA),
         ({**_SCHEMA, "tool_choice": "none", "function_call": "auto"}, _SCHEMA),
         (
             {"tools": _TOOLS, "tool_choice": "auto", "function_call": "none"},
@@ -171,9 +172,11 @@ def test_values_without_effect_are_not_sent_to_servers_that_refuse_them(
 
 
 def test_an_empty_list_of_calls_is_not_sent(client: TestClient, server: Loopback) -> None:
-    messages = [_said("a"), {"role": "assistant", "content": "b", "tool_calls": []}, _said("c")]
-    assert post(client, tools=_TOOLS, messages=messages).status_code == 200
-    assert server.requests[-1].json["messages"][1] == {"role": "assistant", "content": "b"}
+    for content, sent in (("b", "b"), (None, "")):
+        answer = {"role": "assistant", "content": content, "tool_calls": []}
+        messages = [_said("a"), answer, _said("c")]
+        assert post(client, tools=_TOOLS, messages=messages).status_code == 200
+        assert server.requests[-1].json["messages"][1] == {"role": "assistant", "content": sent}
 
 
 def test_the_large_model_answers_the_whole_request(client: TestClient, server: Loopback) -> None:

@@ -98,8 +98,11 @@ def _usual_message(value: dict[str, Any]) -> dict[str, Any]:
         changes["role"] = _ROLES[role]
     if isinstance(content, list):
         changes["content"] = [_usual_part(part) for part in content]
-    # Some servers refuse an empty list of calls.
+    # Some servers refuse an empty list of calls, and an answer of neither text nor calls.
     kept = {key: item for key, item in value.items() if key != "tool_calls" or item}
+    has_calls = "tool_calls" in kept or "function_call" in kept
+    if role == "assistant" and content is None and not has_calls:
+        changes["content"] = ""
     return kept | changes
 
 
