@@ -173,7 +173,7 @@ def test_values_without_effect_are_not_sent_to_servers_that_refuse_them(
 
 def test_an_empty_list_of_calls_is_not_sent(client: TestClient, server: Loopback) -> None:
     for content, sent in (("b", "b"), (None, "")):
-        answer = {"role": "assistant", "content": content, "tool_calls": []}
+        answer: dict[str, Any] = {"role": "assistant", "content": content, "tool_calls": []}
         messages = [_said("a"), answer, _said("c")]
         assert post(client, tools=_TOOLS, messages=messages).status_code == 200
         assert server.requests[-1].json["messages"][1] == {"role": "assistant", "content": sent}
