@@ -64,7 +64,7 @@ def difference_interval(only_first: int, only_second: int, count: int) -> tuple[
     """Return the 95 % interval of the difference of two shares of the same `count` questions.
 
     The other counts are of questions that only one of the two sides answered right. Adjusted normal
-    approximation (Bonett and Price, 2012), which is not a point where the sides never differ.
+    approximation (Bonett and Price, 2012), whose width is not 0 where the sides never differ.
     """
     total = count + 2
     first, second = (only_first + 1) / total, (only_second + 1) / total

@@ -84,11 +84,11 @@ def _guarded(stream: io.TextIOWrapper, *, is_needed: bool) -> io.TextIOWrapper:
 
 
 def has_room(stream: IO[str]) -> bool:
-    """Return whether a line can be written at once, and not only after others were read."""
+    """Return whether a line can be written without waiting for a reader."""
     try:
         return bool(select.select([], [stream], [], 0)[1])
     except (OSError, ValueError):
-        # It is no file of the system.
+        # The stream has no file descriptor.
         return True
 
 

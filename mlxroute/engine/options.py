@@ -14,7 +14,7 @@ from mlxroute.types.limits import check_number, shown_value
 
 
 def _has(method: str) -> Callable[[object], bool]:
-    """Return what tells whether a value is an object with this method, and no class."""
+    """Return a check for an object, not a class, with this method."""
     return lambda value: hasattr(value, method) and not isinstance(value, type)
 
 

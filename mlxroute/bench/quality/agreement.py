@@ -30,10 +30,8 @@ def token_f1(text: str, reference: str) -> float:
 
 
 def _words(text: str) -> list[str]:
-    letters = (
-        letter for letter in text.casefold() if unicodedata.category(letter)[0] not in _NOT_OF_WORDS
-    )
-    return "".join(letters).split()
+    kept = (char for char in text.casefold() if unicodedata.category(char)[0] not in _NOT_OF_WORDS)
+    return "".join(kept).split()
 
 
 def f1_scores(rows: Sequence[QualityRow], large_rows: Sequence[QualityRow]) -> list[float]:

@@ -353,7 +353,7 @@ class CapabilityChecker:
         raise DialectRejected(_without_address(str(error)), error=error) from error
 
     def _is_rejection(self, error: LargeRefused) -> bool:
-        """Return whether a refusal may be about the dialect, and not about load or access."""
+        """Return whether the dialect may have caused a refusal; telling may take one request."""
         is_root = self._dialect.at_root
         if error.may_pass:
             return is_root and lacks_root(error, self._model, self._requester, self._next_deadline)
