@@ -28,7 +28,8 @@ _ANSWERS = ("chat", "ask")
 _ROUTED = (*_ANSWERS, "serve")
 _OWN_SMALL = (*_ROUTED, "calibrate", "bench speed")
 _ALL_SMALL = (*_OWN_SMALL, "train", "adapt", "bench latency", "bench quality")
-_OWN_SERVER = (*_ROUTED, "train", "adapt", "probe", "doctor")
+_LEDGERED = (*_ROUTED, "train", "adapt", "probe", "doctor")
+_OWN_SERVER = (*_LEDGERED, "bench latency", "bench quality")
 _OFFLINE = (*_OWN_SMALL, "pull", "probe", "doctor")
 _EVERYWHERE = (
     *(*_ALL_SMALL, "replay", "demo", "models", "pull", "host", "probe", "doctor"),
@@ -105,7 +106,7 @@ class Settings:
         None,
         "Model to use if the server has several.",
         metavar="ID",
-        commands=(*_OWN_SERVER, "bench latency", "bench quality"),
+        commands=_OWN_SERVER,
     )
     adapter: str | None = _setting(
         None,
@@ -209,7 +210,7 @@ class Settings:
         "Time limit of a call, in seconds, and of all failed calls of an answer together; at least"
         " 600 in train, adapt and bench quality.",
         metavar="S",
-        commands=(*_OWN_SERVER, "bench quality"),
+        commands=(*_LEDGERED, "bench quality"),
     )
     key_env: str | None = _setting(
         None,
@@ -236,7 +237,7 @@ class Settings:
         None,
         "Append every request body to this file before it is sent.",
         metavar="FILE",
-        commands=_OWN_SERVER,
+        commands=_LEDGERED,
     )
     never_send: tuple[str, ...] = _setting(
         (),

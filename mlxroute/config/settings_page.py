@@ -12,8 +12,8 @@ from mlxroute.config.settings import Setting, declared_settings
 _HEAD = """\
 # Settings
 
-A setting has three sources: a flag, an environment variable, and the config file. A flag overrides
-the environment, which overrides the config file.
+A setting has three sources: the config file, an environment variable and a flag. Each overrides
+those before it.
 
 The config file is `config.toml` in the platform's config folder: `~/.config/mlxroute/` on Linux,
 `~/Library/Application Support/mlxroute/` on a Mac. `MLXROUTE_CONFIG` names another file, which must

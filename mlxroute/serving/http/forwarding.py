@@ -84,7 +84,7 @@ def _check_policy(
     endpoint: AnswerEndpoint, role: ModelRole, fields: Fields, need: ToolsNeeded
 ) -> None:
     if endpoint.limits.tools is not ToolPolicyName.LARGE:
-        reason = "start the endpoint with --tools large to have the large one answer them"
+        reason = "an endpoint of `serve --tools large` lets the large one answer them"
     elif endpoint.session.large is None:
         reason = "only a large model could answer such requests, and there is none"
     elif role is ModelRole.SMALL or fields.flag("local_only"):
@@ -111,7 +111,7 @@ async def _check_never_send(
     # A large body takes seconds, in which other requests are to be answered.
     searching = asyncio.to_thread(matches)
     if await unless_gone(request.receive, searching, cancel=lambda: None):
-        raise ApiError(400, "a --never-send pattern keeps this request here", param=need.param)
+        raise ApiError(400, "a never-send pattern keeps this request here", param=need.param)
 
 
 class _ForwardedChat:

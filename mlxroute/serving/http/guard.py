@@ -116,8 +116,8 @@ class Guard:
             raise ApiError(403, "the request has no Host header", code="host_not_allowed")
         raise ApiError(
             403,
-            f"this endpoint is not called {printable_line(name, limit=80)!r}; start it with"
-            " --allow-host to allow the name",
+            f"this endpoint is not called {printable_line(name, limit=80)!r}; allow the name with"
+            " `serve --allow-host`, or with `allowed_hosts` in a library",
             code="host_not_allowed",
         )
 
@@ -131,8 +131,8 @@ class Guard:
             return
         raise ApiError(
             403,
-            f"pages of {printable_line(origin, limit=80)!r} may not call this endpoint; start it"
-            " with --allow-origin to allow them",
+            f"pages of {printable_line(origin, limit=80)!r} may not call this endpoint; allow them"
+            " with `serve --allow-origin`, or with `allowed_origins` in a library",
             code="origin_not_allowed",
         )
 
