@@ -197,6 +197,8 @@ def _load_with_mlx_lm(path: Path, config: dict[str, Any]) -> tuple[Any, Any, int
     if on_cpu():
         _widen(model)
         model = dequantize_model(model)
+        # Scales of one byte, as those of mxfp4, give bfloat16.
+        _widen(model)
     mx.eval(model.state)
     tokenizer = load_full_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     # For an unknown token that is empty, transformers calls itself without end.
@@ -250,18 +252,24 @@ def _widen(model: Any, *, kept: frozenset[str] = frozenset()) -> None:
     import mlx.core as mx
     from mlx.utils import tree_flatten, tree_unflatten
 
-    streams = [mx.new_stream(mx.Device(mx.cpu)) for _ in range(min(os.cpu_count() or 1, 4))]
-    loads = [0] * len(streams)
+    narrow = [
+        (name, value)
+        for name, value in tree_flatten(model.parameters())
+        if mx.issubdtype(value.dtype, mx.floating)
+        and value.dtype != mx.float32
+        and name not in kept
+    ]
+    count = min(os.cpu_count() or 1, 4, len(narrow))
+    streams = [mx.new_stream(mx.Device(mx.cpu)) for _ in range(count)]
+    loads = [0] * count
     multiplied = _multiplied_weights(model)
     wide = []
-    for name, value in sorted(tree_flatten(model.parameters()), key=lambda item: -item[1].size):
-        is_narrow = mx.issubdtype(value.dtype, mx.floating) and value.dtype != mx.float32
-        if is_narrow and name not in kept:
-            index = loads.index(min(loads))
-            loads[index] += value.size
-            with mx.stream(streams[index]):
-                array = _by_columns(value) if name in multiplied else value
-                wide.append((name, array.astype(mx.float32)))
+    for name, value in sorted(narrow, key=lambda item: -item[1].size):
+        index = loads.index(min(loads))
+        loads[index] += value.size
+        with mx.stream(streams[index]):
+            array = _by_columns(value) if name in multiplied else value
+            wide.append((name, array.astype(mx.float32)))
     model.update(tree_unflatten(wide))
 
 

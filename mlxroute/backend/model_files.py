@@ -15,6 +15,8 @@ from mlxroute.untrusted_text import MalformedText, TextFile, parse_json
 
 _MAX_JSON_BYTES = 64 << 20
 _INDEX = "model.safetensors.index.json"
+# What a quantised weight is computed with; AWQ and GPTQ files have the last two.
+_NO_WEIGHTS = (".scales", ".biases", ".qzeros", ".g_idx")
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
@@ -64,11 +66,14 @@ def dense_float32_bytes(file: Path, bits: int) -> int:
     """
     import mlx.core as mx
 
-    return sum(
-        4 * int(tensor.size) * (32 // bits if tensor.dtype == mx.uint32 else 1)
+    # AWQ files have signed words.
+    words = (mx.uint32, mx.int32)
+    sizes = [
+        int(tensor.size) * 32 // bits if tensor.dtype in words else int(tensor.size)
         for name, tensor in read_tensors(file).items()
-        if not name.endswith((".scales", ".biases"))
-    )
+        if not name.endswith(_NO_WEIGHTS)
+    ]
+    return 4 * sum(sizes)
 
 
 def check_adapter(folder: Path) -> None:

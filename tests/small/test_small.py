@@ -461,13 +461,58 @@ def test_never_escalating_through_the_engine_equals_mlx_lm(small: SmallModel) ->
 
 
 @pytest.mark.skipif(not on_cpu(), reason="Metal and CUDA run quantised weights as they are")
-def test_quantised_weights_become_dense_float32_on_a_cpu(tmp_path: Path) -> None:
-    path = make_tiny_model(tmp_path / "q", quantized=True)
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"group_size": 32, "bits": 4},
+        {"group_size": 32, "bits": 6},
+        {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+        {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+        {"group_size": 16, "bits": 4, "mode": "nvfp4"},
+    ],
+    ids=lambda quantization: f"{quantization.get('mode', 'affine')}-{quantization['bits']}",
+)
+def test_quantised_weights_become_dense_float32_on_a_cpu(
+    quantization: dict[str, Any], tmp_path: Path
+) -> None:
+    path = _write_quantised(tmp_path / "q", quantization)
     model, _ = load(path)
     assert {str(value.dtype) for _, value in _flat(model)} == {"mlx.core.float32"}
     assert not any("scales" in name for name, _ in _flat(model))
-    resident = sum(value.nbytes for _, value in _flat(model))
-    assert memory_needed(path) - 600 * 2**20 == resident
+    assert memory_needed(path) - 600 * 2**20 == _resident_bytes(model)
+
+
+def _write_quantised(path: Path, quantization: dict[str, Any]) -> Path:
+    import mlx.nn as nn
+
+    model, config = load_model(make_tiny_model(path))
+    nn.quantize(model, **quantization)
+    mx.save_safetensors(str(path / "model.safetensors"), dict(_flat(model)), {"format": "mlx"})
+    (path / "config.json").write_text(json.dumps({**config, "quantization": quantization}))
+    return path
+
+
+@pytest.mark.skipif(not on_cpu(), reason="Metal and CUDA run quantised weights as they are")
+def test_the_memory_of_awq_weights_is_predicted(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "awq")
+    weights = mx.load(str(path / "model.safetensors"))
+    assert isinstance(weights, dict)
+    for name in [name for name in weights if name.endswith("_proj.weight")]:
+        rows, columns = weights.pop(name).shape
+        prefix = name.removesuffix("weight")
+        weights[f"{prefix}qweight"] = mx.full((columns, rows // 8), 0x12345678, mx.int32)
+        weights[f"{prefix}qzeros"] = mx.full((columns // 32, rows // 8), 0x12345678, mx.int32)
+        weights[f"{prefix}scales"] = mx.full((columns // 32, rows), 0.1, mx.float16)
+    mx.eval(weights)
+    mx.save_safetensors(str(path / "model.safetensors"), weights)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32}
+    (path / "config.json").write_text(json.dumps(config))
+    assert memory_needed(path) - 600 * 2**20 == _resident_bytes(load(path)[0])
+
+
+def _resident_bytes(model: Any) -> int:
+    return sum(value.nbytes for _, value in _flat(model))
 
 
 def test_on_metal_the_weights_are_wired_as_mlx_lm_wires_them(
