@@ -29,7 +29,8 @@ CONTEXT_KEYS: Final = (
 """Keys of the number of positions of a model; the first that a configuration has counts."""
 CONTEXT_NOTE: Final = "context_length"
 """The attribute of a loaded model that holds the number of positions it may use."""
-_LONGEST_CONTEXT: Final = 1 << 40
+LONGEST_CONTEXT: Final = 1 << 40
+"""More positions than any model has."""
 _PARTIAL: Final = "partial_rotary_factor"
 # Keys that change what a model computes, and their values that do not. A module of `mlx_lm` that
 # names the key follows it.
@@ -89,7 +90,7 @@ _BOUNDS: Final = {
     **dict.fromkeys(("n_routed_experts", "num_experts", "num_local_experts"), 1 << 16),
     **dict.fromkeys(("hidden_size", "intermediate_size"), 1 << 22),
     "vocab_size": 1 << 26,
-    _CONTEXT: _LONGEST_CONTEXT,
+    _CONTEXT: LONGEST_CONTEXT,
 }
 # In the source of modules that have a window only in layers that the configuration names.
 _FULL_BY_DEFAULT: Final = '["full_attention"] *'
@@ -133,7 +134,7 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     for table in (config, _text_config(config)):
         for key in CONTEXT_KEYS:
             value = table.get(key)
-            if type(value) is int and 0 < value <= _LONGEST_CONTEXT:
+            if type(value) is int and 0 < value <= LONGEST_CONTEXT:
                 return value
     return None
 

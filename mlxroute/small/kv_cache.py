@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.models.cache import (
+    ArraysCache,
     KVCache,
     can_trim_prompt_cache,
     make_prompt_cache,
@@ -69,6 +70,11 @@ class SequenceCache:
     def is_divisible(self) -> bool:
         """Whether there is one sequence, any leading part of which is a KV cache of its own."""
         return self._is_consistent and not self.batch_tails and is_plain(self.layers)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether all layers have states of a fixed size, however many tokens they have read."""
+        return all(isinstance(layer, ArraysCache) for layer in self.layers)
 
     def share(self, count: int) -> CacheLayers:
         """Return caches of the first `count` tokens, at no cost; requires `is_divisible`."""

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from mlxroute.backend import blas
 from mlxroute.backend.adapter_folder import adapted_name
-from mlxroute.backend.model_config import CONTEXT_KEYS, CONTEXT_NOTE
 from mlxroute.catalog import Catalog
 from mlxroute.config import user_catalog_dir
 from mlxroute.errors import UsageError
 from mlxroute.small.batch_cost import measure_branch_cost
 from mlxroute.small.memory_check import make_size_check
-from mlxroute.small.model_args import find_argument
+from mlxroute.small.model_args import find_context_length
 from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
 from mlxroute.tokenizers.fast_tokenizer import FastTokenizer
 from mlxroute.types import (
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 
 # As `mlx_lm.generate_step`, so that the same prompt rounds the same way.
 PREFILL_STEP_SIZE = 2048
-_DEFAULT_CONTEXT = 4096
 
 
 class SmallModel:
@@ -91,10 +89,10 @@ class SmallModel:
         self._tokenizer = tokenizer
         self._chat_tokenizer = ChatTokenizer(tokenizer, name=name)
         self.vocabulary = self._chat_tokenizer.vocabulary
-        length = getattr(model, CONTEXT_NOTE, None) or find_argument(model, *CONTEXT_KEYS)
-        self.context_length = int(length or _DEFAULT_CONTEXT)
         self.head: MlpHead | None = None
         self._decoder = Decoder(model, kernel=kernel, notify=notify)
+        is_recurrent = self._decoder.cache.is_recurrent
+        self.context_length = find_context_length(model, is_recurrent=is_recurrent)
 
     @property
     def record_name(self) -> str:

@@ -20,6 +20,7 @@ from mlx_lm.utils import load_model
 
 from mlxroute.backend.device_streams import end_device_streams
 from mlxroute.backend.load import load, memory_needed, on_cpu
+from mlxroute.backend.model_config import LONGEST_CONTEXT
 from mlxroute.engine import generate
 from mlxroute.errors import RollbackError, UsageError, WeightsError
 from mlxroute.routers import EntropyRouter
@@ -416,6 +417,38 @@ def test_the_context_length_of_a_model_that_mlx_lm_loaded(model_type: str, tmp_p
     path = make_tiny_model(tmp_path / "m", model_type=model_type, extra=extra)
     model, _ = load_model(path)
     assert SmallModel(model, load(path)[1], name="m").context_length == 77
+
+
+_RECURRENT: dict[str, dict[str, Any]] = {
+    "mamba": {
+        **{"state_size": 16, "conv_kernel": 4, "time_step_rank": 4},
+        **{"use_bias": False, "use_conv_bias": True},
+    },
+    # Its arguments in mlx_lm have a default of 2,056 positions.
+    "mamba2": {
+        **{"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "conv_kernel": 4},
+        **{"layer_norm_epsilon": 1e-5, "use_bias": False, "use_conv_bias": True},
+        **{"time_step_limit": [0.0, 100.0], "time_step_rank": 4},
+    },
+}
+
+
+@pytest.mark.parametrize("model_type", _RECURRENT)
+def test_a_recurrent_model_has_no_limit_but_the_one_it_names(
+    model_type: str, tmp_path: Path
+) -> None:
+    extra = _RECURRENT[model_type]
+    path = make_tiny_model(tmp_path / "m", model_type=model_type, context=77, extra=extra)
+    assert SmallModel(*load(path), name="m").context_length == 77
+    config = json.loads((path / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (path / "config.json").write_text(json.dumps(config))
+    assert SmallModel(*load(path), name="m").context_length == LONGEST_CONTEXT
+
+
+def test_a_model_with_attention_that_names_no_limit_keeps_the_default(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "m", extra={"max_position_embeddings": None})
+    assert SmallModel(*load(path), name="m").context_length == 4096
 
 
 def test_a_head_fits_a_model_whose_text_part_has_the_hidden_size(tmp_path: Path) -> None:
