@@ -17,6 +17,7 @@ class RenderedPrompt:
     """A conversation, its text in the small model's chat template, and the ids of that text.
 
     `answer_start`, the end of the text, is the part of the answer that was there before.
+    `drops_space` is as in `EncodedPrompt`.
     """
 
     vocabulary: Vocabulary
@@ -24,6 +25,7 @@ class RenderedPrompt:
     rendered: PromptText
     ids: tuple[int, ...]
     answer_start: str = ""
+    drops_space: bool = False
 
     @property
     def text(self) -> str:
@@ -45,7 +47,14 @@ def render_prompt(
     if not ids:
         raise UsageError("the prompt is empty")
     check_prompt_fits(ids, small.context_length)
-    return RenderedPrompt(small.vocabulary, conversation, encoded.rendered, ids, answer_start)
+    return RenderedPrompt(
+        small.vocabulary,
+        conversation,
+        encoded.rendered,
+        ids,
+        answer_start,
+        drops_space=encoded.drops_space,
+    )
 
 
 def check_prompt_fits(ids: Sequence[int], context_length: int) -> None:
@@ -123,8 +132,16 @@ class Transcript:
         return replace(self, tokens=tuple(tokens), ids=ids, characters=characters)
 
     def texts_from(self, index: int) -> tuple[str, ...]:
-        """Return the texts that the tokens from number `index` on add."""
-        return tuple(token.text for token in self.tokens[index:])
+        """Return the texts that the tokens from number `index` on add to what the answer shows.
+
+        The context keeps a space at its beginning that `drops_space` leaves out here.
+        """
+        texts = [token.text for token in self.tokens[index:]]
+        if self.prompt.drops_space:
+            first = next((i for i, token in enumerate(self.tokens) if token.text), -1)
+            if first >= index:
+                texts[first - index] = texts[first - index].removeprefix(" ")
+        return tuple(texts)
 
     @property
     def text(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -77,13 +78,23 @@ class ChatTokenizer:
                 rendered = PromptText(rendered.text + answer_start, rendered.marked + marked)
             if self._last is None or self._last.rendered != rendered:
                 self._last = EncodedPrompt(tuple(self._encoder.encode(rendered)), rendered)
-            return self._last
+            drops_space = not answer_start and self._drops_space_after(self._last.ids)
+            return replace(self._last, drops_space=drops_space)
 
     def encode_rendered(self, text: str) -> EncodedPrompt:
         """Return the prompt of a text that the caller rendered; its control tokens are meant."""
         rendered = PromptText(text, text)
         with self._lock:
             return EncodedPrompt(tuple(self._encoder.encode(rendered)), rendered)
+
+    def _drops_space_after(self, prompt_ids: tuple[int, ...]) -> bool:
+        """Return whether a space at the beginning of an answer is the tokenizer's own.
+
+        After white space, and without a chat template, the model may mean it.
+        """
+        before = b"".join(map(self.vocabulary.token_bytes, prompt_ids[-1:]))
+        is_apart = self.has_chat_template and not before[-1:].isspace()
+        return is_apart and self.vocabulary.drops_space
 
     def _render(self, messages: tuple[Message, ...]) -> PromptText:
         if not self.has_chat_template:

@@ -28,6 +28,8 @@ class TokenVocabulary:
         control_ids: The ids of the control tokens, by name.
         controls: Their names.
         bos_text: The name of the begin token that the tokenizer puts before a text; "" for none.
+        drops_space: Whether decoding leaves out a space at the beginning of a text, which encoding
+            puts there.
         encoding_lock: Held while the tokenizer encodes: those of transformers must not do so in two
             threads at once.
     """
@@ -35,7 +37,9 @@ class TokenVocabulary:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.encoding_lock = threading.RLock()
-        self._byte_level = _is_byte_level(tokenizer)
+        decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+        self._byte_level = "ByteLevel" in repr(decoder)
+        self.drops_space = decoder is not None and decoder.decode([f"{SPACE_MARK}a"]) == "a"
         added = tokenizer.added_tokens_decoder
         self._added: dict[int, str] = {
             int(token_id): token.content for token_id, token in added.items()
@@ -207,8 +211,3 @@ class TokenVocabulary:
             )
         byte = byte_piece(piece)
         return piece.replace(SPACE_MARK, " ").encode() if byte is None else byte
-
-
-def _is_byte_level(tokenizer: Any) -> bool:
-    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
-    return "ByteLevel" in repr(decoder)

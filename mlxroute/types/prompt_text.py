@@ -32,10 +32,13 @@ class EncodedPrompt:
     """A conversation in a model's chat template: its token ids, and the text that they stand for.
 
     Control tokens in `ids` are the template's own; message contents are encoded as plain text.
+    `drops_space`, False by default, tells that the tokenizer puts a space before every text, also
+    before the answer: a space at its beginning is not part of what the answer shows.
     """
 
     ids: tuple[int, ...]
     rendered: PromptText
+    drops_space: bool = False
 
     @property
     def text(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,16 @@ from mlxroute.errors import (
     UsageError,
 )
 from mlxroute.routers import EntropyRouter, make_router
-from mlxroute.types import LargeToken, Message, Mode, Prices, Source, StopReason, Token
+from mlxroute.types import (
+    EncodedPrompt,
+    LargeToken,
+    Message,
+    Mode,
+    Prices,
+    Source,
+    StopReason,
+    Token,
+)
 from tests.support.scripted_models import (
     EOS,
     STRADDLING,
@@ -99,6 +109,31 @@ def test_the_large_model_sees_the_rendered_prompt_and_every_committed_token() ->
     run(ScriptedSmall(b"hello", entropies={1: 2.0, 3: 2.0}), large)
     assert [context.text for context in large.contexts] == ["[user]hi>h", "[user]hi>hul"]
     assert list(large.contexts[1].token_ids) == list(b"[user]hi>hul")
+
+
+class SpacingSmall(ScriptedSmall):
+    """Its tokenizer puts a space before every text."""
+
+    def encode_conversation(self, messages: Sequence[Message]) -> EncodedPrompt:
+        return replace(super().encode_conversation(messages), drops_space=True)
+
+
+@pytest.mark.parametrize("mode", [Mode.WAIT, Mode.OVERLAP])
+@pytest.mark.parametrize(("script", "shown"), [(b" hello", "hullo"), (b"  hello", " hullo")])
+def test_the_tokenizers_space_is_in_the_context_and_not_in_the_answer(
+    script: bytes, shown: str, mode: Mode
+) -> None:
+    large = ScriptedLarge([b"u"])
+    small = SpacingSmall(script, entropies={script.index(b"e"): 2.0})
+    answer = generate(small, large, "hi", router=EntropyRouter(1.0), mode=mode)
+    assert text_of(list(answer)) == answer.stats().text == shown
+    before = script[: script.index(b"e")].decode()
+    assert [context.text for context in large.contexts] == [f"[user]hi>{before}"]
+
+
+def test_an_answer_without_a_space_at_its_beginning_is_whole() -> None:
+    tokens, _ = run(SpacingSmall(b"a b"))
+    assert text_of(tokens) == "a b"
 
 
 def test_inside_a_character_the_context_ends_before_it_and_names_the_fragment() -> None:

@@ -23,6 +23,7 @@ from tokenizers import (
 
 from mlxroute.errors import UsageError, WeightsError
 from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
+from mlxroute.tokenizers.fast_tokenizer import FastTokenizer
 from mlxroute.types import Message, no_notice
 from mlxroute.weights import resolve
 from tests.support import real_vocabularies
@@ -181,6 +182,42 @@ def test_tokens_that_arise_where_a_content_meets_the_template_are_text(tmp_path:
     for content in ("im_start", "im_end", "|><|im_end"):
         ids = tokenizer.encode_conversation(_user(content)).ids
         assert _controls(tokenizer, ids) == [end], content
+
+
+def test_an_answer_drops_the_space_that_decoding_drops(tokenizer: ChatTokenizer) -> None:
+    ids = tokenizer._tokenizer.encode("Hello", add_special_tokens=False)
+    text = b"".join(map(tokenizer.vocabulary.token_bytes, ids)).decode()
+    prompt = tokenizer.encode_conversation(_user("hi"))
+    shown = text.removeprefix(" ") if prompt.drops_space else text
+    assert shown == tokenizer._tokenizer.backend_tokenizer.decode(ids)
+    assert not tokenizer.encode_conversation(_user("hi"), answer_start="Well").drops_space
+    assert not tokenizer.encode_rendered(prompt.text).drops_space
+
+
+@pytest.mark.parametrize(
+    ("template", "drops_space"),
+    [
+        ("{{ messages[0].content }}<|a|>", True),
+        ("{{ messages[0].content }}:", True),
+        ("{{ messages[0].content + '\\n' }}", False),
+        (None, False),
+    ],
+)
+def test_a_space_after_white_space_or_a_plain_text_stays(
+    template: str | None, drops_space: bool
+) -> None:
+    pieces = {piece: i for i, piece in enumerate(["▁", "a", "▁a", ":", "<0x0A>"])}
+    backend = Tokenizer(models.BPE(pieces, [("▁", "a")], byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    backend.add_tokens([AddedToken(name, special=True) for name in ("</s>", "<|a|>")])
+    config = {"eos_token": "</s>"} | ({"chat_template": template} if template else {})
+    fast = FastTokenizer(backend, path=Path(), config=config, eos_token_ids=[])
+    tokenizer = ChatTokenizer(fast, name="m")
+    assert tokenizer.encode_conversation(_user("a")).drops_space == drops_space
 
 
 def test_a_begin_token_in_a_message_does_not_replace_the_prompts_own(tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from mlxroute.routers import make_router
 from mlxroute.serving.http.replies.token_logprobs import LogprobForms
 from mlxroute.serving.prompts import encode_prompt
 from mlxroute.small import SmallModel
+from tests.support import scripted_answer
 from tests.support.endpoint import chat, read_stream
+from tests.support.vocabularies import TableVocabulary
 
 _LISTS = ("tokens", "token_logprobs", "top_logprobs")
 
@@ -105,6 +107,25 @@ def test_streamed_logprobs_are_those_of_a_whole_reply(client: TestClient) -> Non
     choices = [event["choices"][0] for event in events[:-1]]
     entries = [c["logprobs"]["content"] for c in choices if c["logprobs"] is not None]
     assert list(itertools.chain(*entries)) == whole["choices"][0]["logprobs"]["content"]
+
+
+def test_logprobs_name_the_first_token_as_the_answer_shows_it() -> None:
+    vocabulary = TableVocabulary(["ĠHello", "ĠHi", "Yes"])
+    ids = tuple(map(vocabulary.id_of, ["ĠHello", "ĠHi", "Yes"]))
+    view = replace(
+        scripted_answer.token("").signals,
+        token_id=ids[0],
+        top_ids=ids,
+        top_logprobs=(-0.1, -3.0, -4.0),
+    )
+    first = replace(scripted_answer.token("Hello"), token_id=ids[0], signals=view)
+    (entry,) = LogprobForms(vocabulary, 3).chat([first])["content"]
+    names = [item["token"] for item in entry["top_logprobs"]]
+    assert (entry["token"], names) == ("Hello", ["Hello", "Hi", "Yes"])
+    assert bytes(entry["bytes"]) == b"Hello"
+    assert [bytes(item["bytes"]).decode() for item in entry["top_logprobs"]] == names
+    (entry,) = LogprobForms(vocabulary, 3).chat([replace(first, text=" Hello")])["content"]
+    assert entry["token"] == entry["top_logprobs"][0]["token"] == " Hello"
 
 
 def test_a_text_completion_continues_texts_and_ids(client: TestClient, small: SmallModel) -> None:

@@ -108,6 +108,9 @@ class LogprobForms:
         record = to_json(describe_token(token, self._vocabulary))
         text, data = describe_ids((token.token_id,), self._vocabulary)
         top = self._large_top(token) if token.source is Source.LARGE else self._small_top(token)
+        if token.index == 0 and text == f" {token.text}":
+            # The answer leaves out the tokenizer's space, and so do the names.
+            text, top = token.text, list(map(_without_space, top))
         return {
             "token": text,
             "logprob": self._logprob(token),
@@ -154,6 +157,12 @@ class LogprobForms:
 
 def _choice(text: str, logprob: float, data: Sequence[int]) -> dict[str, Any]:
     return {"token": text, "logprob": _finite(logprob), "bytes": list(data)}
+
+
+def _without_space(choice: dict[str, Any]) -> dict[str, Any]:
+    """Return a choice without the space at its beginning, if there is one."""
+    start = int(choice["token"].startswith(" "))
+    return _choice(choice["token"][start:], choice["logprob"], choice["bytes"][start:])
 
 
 def _finite(logprob: float) -> float:
