@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Iterable
 
-from mlxroute.questions.question_files import Question
+from mlxroute.questions.question_files import AnswerKind, Question
 
 _AFTER_ANSWER_IS = re.compile(r"answer\s+is\b(.*)", re.IGNORECASE | re.DOTALL)
 _LABEL_IN_BRACKETS = re.compile(r"\(\s*([A-Za-z]|\d+)\s*\)")
@@ -39,6 +40,10 @@ _LABEL_AT_START = re.compile(
     r"\A" + _MARKUP + r"([A-Za-z]|\d+)[*_`\"']*\s*(?:[):\]}]|\.(?!\d)|$)", re.IGNORECASE
 )
 _ARTICLE = re.compile(r"(?:(?:an?|the)\s+)?", re.IGNORECASE)
+# A prompt that lists its own choices may label them with any letters.
+_ANY_LETTER = Question(
+    "", "", AnswerKind.CHOICE, choices=tuple((letter, "") for letter in string.ascii_uppercase)
+)
 
 
 def find_requested_label(question: Question, text: str) -> str | None:
@@ -72,6 +77,11 @@ def find_label(question: Question, text: str) -> str | None:
     if label or conclusions:
         return label
     return _correct_label(question, text) or _first_choice_in(question, text)
+
+
+def find_letter(text: str) -> str | None:
+    """Return the letter that a text gives as its answer, as `find_label`; None if it gives none."""
+    return find_label(_ANY_LETTER, text)
 
 
 def _label_in_brackets(question: Question, text: str) -> str | None:

@@ -18,7 +18,7 @@ from mlxroute.questions.answer_patterns import (
     parse_boxed_number,
     parse_number,
 )
-from mlxroute.questions.choice_labels import find_label, find_requested_label
+from mlxroute.questions.choice_labels import find_label, find_letter, find_requested_label
 from mlxroute.questions.code_grading import extract_program, passes
 from mlxroute.questions.question_files import AnswerKind, Question
 
@@ -27,6 +27,7 @@ _SEPARATOR_OF_THOUSANDS: Final = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _PART_OF_WORD: Final = re.compile(
     rf"(?<=\d)[.,:/](?=\d)|(?<=[^\W\d_])[+#]+|{AFTER_NO_WORD}-(?=\.?\d)"
 )
+_LETTER: Final = re.compile("[a-z]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +135,13 @@ def _grade_code(question: Question, text: str) -> Grade:
 def _grade_text(correct: str, text: str) -> Grade:
     if not text.strip():
         return Grade(None, None)
-    words, correct_words = normalise_words(text), normalise_words(correct)
-    return Grade(text.strip() == correct.strip(), f" {correct_words} " in f" {words} ")
+    strict, correct_words = text.strip() == correct.strip(), normalise_words(correct)
+    if _LETTER.fullmatch(correct_words):
+        # A letter is a label of choices in the prompt, and many texts have the word "a".
+        letter = find_letter(text)
+        lenient = None if letter is None else letter == correct_words.upper()
+        return Grade(strict, strict or lenient)
+    return Grade(strict, f" {correct_words} " in f" {normalise_words(text)} ")
 
 
 def normalise_words(text: str) -> str:

@@ -120,7 +120,7 @@ def test_a_text_answer_may_be_part_of_a_sentence() -> None:
         ("5 °C", "It is -5 °C.", False),
         ("-5 °C", "It is −5 °C.", True),
         ("1939-45", "It was (1939–45).", True),
-        ("C", "It is C++.", False),
+        ("C", "It is C++.", None),
         ("C++", "It is C++.", True),
         ("F#", "**F#**, of course", True),
         ("Jupiter", "The answer is “Jupiter”.", True),
@@ -132,9 +132,29 @@ def test_a_text_answer_may_be_part_of_a_sentence() -> None:
     ],
 )
 def test_punctuation_separates_words_unless_it_is_part_of_one(
-    correct: str, text: str, lenient: bool
+    correct: str, text: str, lenient: bool | None
 ) -> None:
     assert grade(Question("q", "?", AnswerKind.TEXT, correct), text).lenient is lenient
+
+
+@pytest.mark.parametrize(
+    ("correct", "text", "lenient"),
+    [
+        ("A", "The answer is B: an ant is a large insect.", False),
+        ("B", "The answer is C, not A or B.", False),
+        ("A", "A whale is larger than an ant.", None),
+        ("A", "The answer is a whale.", None),
+        ("A", "A) whale", True),
+        ("A", "a", True),
+        ("(A)", "It is large. Therefore, the answer is whale (A).", True),
+        ("B.", "**B**", True),
+        ("C", "The correct option is C.", True),
+    ],
+)
+def test_an_answer_of_one_letter_is_what_the_text_gives_as_its_answer(
+    correct: str, text: str, lenient: bool | None
+) -> None:
+    assert grade(Question("q", "A) whale B) ant C) cat", answer=correct), text).lenient is lenient
 
 
 @pytest.mark.parametrize("count", [42, 47, 59, 78])
