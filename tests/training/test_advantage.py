@@ -63,7 +63,10 @@ def test_an_advantage_is_shrunk_by_its_standard_error() -> None:
     assert certain.variance == pytest.approx((0.09 + 0.09) / 10)
     assert likely.variance == pytest.approx((0.21 + 0.24) / 10)
     assert none.variance == pytest.approx((0.25 + 0.25) / 10)
-    true_variance = (1 - 0.018 + 0.375**2 - 0.045 + 0 - 0.05) / 3
+    assert certain.unbiased_variance == 0
+    assert likely.unbiased_variance == pytest.approx((0.75 * 0.25 + 0.375 * 0.625) / 7)
+    assert none.unbiased_variance == pytest.approx((0.25 + 0.25) / 7)
+    true_variance = (1 + 0.375**2 - (0.75 * 0.25 + 0.375 * 0.625) / 7 - 0.5 / 7) / 3
     assert shrink_advantages([certain, likely, none]) == pytest.approx(
         [
             true_variance / (true_variance + 0.018),
@@ -74,6 +77,29 @@ def test_an_advantage_is_shrunk_by_its_standard_error() -> None:
     assert shrink_advantages([]) == []
     # Differences that are no larger than chance makes them.
     assert shrink_advantages([likely, none, none, none]) == [0.0] * 4
+
+
+def test_few_clear_advantages_among_many_positions_without_one_are_evidence() -> None:
+    clear, equal = RightCounts(8, 0, 8), RightCounts(0, 0, 8)
+    shrunk = shrink_advantages([clear] * 17 + [equal] * 983)
+    assert shrunk == pytest.approx([0.017 / (0.017 + 0.018)] * 17 + [0.0] * 983)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_differences_by_chance_are_shrunk_to_nearly_0(share: float, seed: int) -> None:
+    draw = random.Random(seed)
+
+    def right() -> int:
+        return sum(draw.random() < share for _ in range(8))
+
+    counts = [RightCounts(right(), right(), 8) for _ in range(5000)]
+    largest = max(counts, key=lambda item: item.difference)
+    assert largest.difference >= 0.375
+    kept = shrink_advantages(counts)[counts.index(largest)] / largest.difference
+    # The estimate of the variance of the true advantages is 0 in the mean; its error is about
+    # 1.5 times the variance of a difference, over the root of the number of positions.
+    assert kept < 0.15
 
 
 _COUNTS = st.builds(RightCounts, st.integers(0, 8), st.integers(0, 8), st.just(8))
