@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -37,16 +38,29 @@ def read_records(path: Path, parse: Callable[[Any], _T]) -> Iterator[_T]:
 def append_records(path: Path, items: Sequence[Any]) -> None:
     """Append a row for each item, in a file that only its owner can read.
 
-    Raises UsageError if the file cannot be written.
+    Raises UsageError if the file cannot be written; then no part of a row stays in it.
     """
     data = b"".join(json.dumps(item).encode() + b"\n" for item in items)
     try:
-        # In one write, so that rows of several processes do not mix.
         with open(path, "ab", buffering=0, opener=_open_private) as file:
-            while data:
-                data = data[file.write(data) :]
+            _append(file, data)
     except OSError as exc:
         raise _unwritable(path, exc) from exc
+
+
+def _append(file: BinaryIO, data: bytes) -> None:
+    """Append to an open file, or leave it as it was."""
+    is_locked = _lock(file)
+    size = os.fstat(file.fileno()).st_size
+    try:
+        # In one write, so that without locks rows of several processes do not mix either.
+        while data:
+            data = data[file.write(data) :]
+    except BaseException:
+        # Without the lock, rows of another process may follow.
+        if is_locked:
+            file.truncate(size)
+        raise
 
 
 def _open_private(path: str, flags: int) -> int:
@@ -58,11 +72,22 @@ def _remove_incomplete_row(path: Path) -> None:
         return
     try:
         with path.open("rb") as file:
+            # Another process may be in the middle of a row.
+            _lock(file)
             size = _complete_size(file)
-        if size is not None and size < path.stat().st_size:
-            os.truncate(path, size)
+            if size is not None and size < path.stat().st_size:
+                os.truncate(path, size)
     except OSError as exc:
         raise _unwritable(path, exc) from exc
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Lock a file until it is closed, and return True; False on a file system without locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
 
 
 def _complete_size(file: BinaryIO) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import resource
 import stat
 import threading
 from collections.abc import Callable, Sequence
@@ -156,6 +157,25 @@ def test_a_text_that_a_pattern_matches_is_not_sent(tmp_path: Path) -> None:
 def test_only_the_owner_can_read_recorded_replies(tmp_path: Path) -> None:
     ask(RecordingLarge(ScriptedLarge([(70,)]), tmp_path / "r"), 1)
     assert stat.S_IMODE((tmp_path / "r").stat().st_mode) == 0o600
+
+
+def test_a_full_disk_leaves_no_part_of_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    first, second = ReplyFile(path), ReplyFile(path)
+    first.add_tokens((1, 69), [_TOKEN])
+    rows = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(rows) + 20, limits[1]))
+    try:
+        with pytest.raises(UsageError, match="cannot be written: File too large"):
+            first.add_tokens((1, 70), [_TOKEN])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == rows
+    # Another run has the file open in the meantime, and a third one reads it.
+    second.add_tokens((1, 80), [_TOKEN])
+    third = ReplyFile(path)
+    assert third.find_tokens((1, 69), 1) == third.find_tokens((1, 80), 1) == (_TOKEN,)
 
 
 def test_recorded_tokens_are_returned_as_far_as_they_follow_each_other(tmp_path: Path) -> None:
