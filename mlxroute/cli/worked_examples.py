@@ -40,9 +40,9 @@ def read_examples(
             " questions; name some with --examples",
         )
     examples = read_worked_examples(file, DEFAULT_SHOTS if count is None else count)
-    asked = {question.fingerprint for question in questions}
+    asked = {question.wording for question in questions}
     for example in examples:
-        if example.fingerprint in asked:
+        if example.wording in asked:
             raise UsageError(
                 f"{file}: the worked example {example.name} is also one of the questions; choose"
                 " examples from other questions with --examples, or none with --shots 0"

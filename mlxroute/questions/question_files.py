@@ -100,6 +100,11 @@ class Question:
         """A hash that identifies the prompt without revealing it: 16 hexadecimal digits."""
         return hashlib.sha256(self.prompt.encode()).hexdigest()[:16]
 
+    @property
+    def wording(self) -> str:
+        """The prompt with single spaces: the same for prompts that differ in white space only."""
+        return " ".join(self.prompt.split())
+
 
 def read_questions(path: Path) -> list[Question]:
     """Return the questions of a file in order, ignoring blank lines.
@@ -128,15 +133,16 @@ def sample_questions(questions: Sequence[Question], count: int) -> list[Question
 def _drop_repeated(questions: Sequence[Question]) -> list[Question]:
     unique: dict[str, Question] = {}
     for question in questions:
-        unique.setdefault(question.fingerprint, question)
+        unique.setdefault(question.wording, question)
     return list(unique.values())
 
 
 def sample_files(files: Sequence[Path], count: int, *, at_least: int = 1) -> list[Question]:
     """Return a random sample of at most `count` questions of each file, in the files' order.
 
-    A prompt that occurs again, in the same file or another one, is left out. Raises UsageError as
-    `read_questions`, and for fewer than `at_least` (1) questions in all.
+    A prompt that occurs again, in the same file or another one, is left out, also if its white
+    space differs. Raises UsageError as `read_questions`, and for fewer than `at_least` (1)
+    questions in all.
     """
     samples = [sample_questions(read_questions(file), count) for file in files]
     sampled = _drop_repeated([question for sample in samples for question in sample])

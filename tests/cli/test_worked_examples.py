@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ def test_a_question_is_not_its_own_worked_example(tmp_path: Path) -> None:
     assert read_examples(file, 2, questions[2:]) == questions[:2]
     with pytest.raises(UsageError, match=re.escape("the worked example row-1 is also one of")):
         read_examples(file, 2, questions[1:])
+    with pytest.raises(UsageError, match=re.escape("the worked example row-0 is also one of")):
+        read_examples(file, 2, [replace(questions[0], prompt=" Why  0?\n")])
     assert read_examples(file, 0, questions) == []
 
 

@@ -199,9 +199,10 @@ def test_the_shipped_questions_have_one_correct_answer_each() -> None:
 def test_a_prompt_is_sampled_once_however_often_it_occurs(tmp_path: Path) -> None:
     file, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     file.write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "a"}\n')
-    other.write_text('{"prompt": "b"}\n{"prompt": "c"}\n')
+    # White space makes no other question.
+    other.write_text('{"prompt": "b\\n"}\n{"prompt": "c  d"}\n{"prompt": " c\\td"}\n')
     sampled = sample_files([file, other], 9)
-    assert sorted(question.prompt for question in sampled) == ["a", "b", "c"]
+    assert sorted(question.wording for question in sampled) == ["a", "b", "c d"]
     (b,) = (question for question in sampled if question.prompt == "b")
     assert str(file) in b.name
 
