@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import tempfile
 import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
@@ -296,14 +295,12 @@ class _Training:
         self._tuning.schedule(total // accumulate, done=begin // accumulate)
         while begin < total:
             end = min(begin + steps, total)
-            with tempfile.TemporaryDirectory() as scratch:
-                self._tuning.train(
-                    stream,
-                    steps=end - begin,
-                    accumulate=accumulate,
-                    latest=Path(scratch) / WEIGHTS_FILE,
-                    on_step=lambda: self._progress(label, next(counter), total),
-                )
+            self._tuning.train(
+                stream,
+                steps=end - begin,
+                accumulate=accumulate,
+                on_step=lambda: self._progress(label, next(counter), total),
+            )
             figures = self._judge(number, end / batches, data.held_out)
             begin = end
             is_best = state.is_best(figures)

@@ -124,7 +124,6 @@ class LoraTuning:
         *,
         steps: int,
         accumulate: int,
-        latest: Path,
         on_step: Callable[[], None],
     ) -> None:
         """Take the next `steps` batches and update the weights after every `accumulate` of them.
@@ -133,7 +132,6 @@ class LoraTuning:
             batches: Endless batches.
             steps: Number of batches, a multiple of `accumulate`.
             accumulate: Number of batches whose gradients are averaged.
-            latest: File that the tuner writes the weights to at the end.
             on_step: Called after each batch.
 
         Raises TrainingDiverged when the loss of a batch is NaN or infinite.
@@ -142,10 +140,9 @@ class LoraTuning:
             iters=steps,
             steps_per_report=1,
             steps_per_save=_NEVER,
-            adapter_file=str(latest),
             grad_accumulation_steps=accumulate,
         )
-        with _tuner():
+        with _tuner(), contextlib.suppress(_AllStepsTaken):
             train(
                 self._model,
                 self._optimizer,
@@ -153,7 +150,7 @@ class LoraTuning:
                 args=arguments,
                 loss=self._loss,
                 iterate_batches=lambda **_: batches,
-                training_callback=_StepReports(on_step),
+                training_callback=_StepReports(on_step, steps),
             )
         self._model.eval()
 
@@ -238,11 +235,16 @@ class _ClippedAdam(optim.Adam):  # type: ignore[misc]
         return super().apply_gradients(clipped, parameters)
 
 
-class _StepReports(TrainingCallback):  # type: ignore[misc]
-    """Reports each batch, and ends the training where it diverges."""
+class _AllStepsTaken(Exception):
+    """Raised after the last step, because the tuner then writes a file that nobody reads."""
 
-    def __init__(self, on_step: Callable[[], None]) -> None:
+
+class _StepReports(TrainingCallback):  # type: ignore[misc]
+    """Reports each batch, and ends the training after the last one or where it diverges."""
+
+    def __init__(self, on_step: Callable[[], None], steps: int) -> None:
         self._on_step = on_step
+        self._steps = steps
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         if not math.isfinite(float(train_info["train_loss"])):
@@ -251,6 +253,8 @@ class _StepReports(TrainingCallback):  # type: ignore[misc]
                 parameter="learning_rate",
             )
         self._on_step()
+        if train_info["iteration"] == self._steps:
+            raise _AllStepsTaken
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -159,9 +160,7 @@ def test_examples_have_the_large_models_choices(small: SmallModel) -> None:
     assert example.targets[1:] == tuple(map(one_token, others))
 
 
-def test_a_shared_prefix_changes_neither_loss_nor_gradients(
-    path: Path, small: SmallModel, tmp_path: Path
-) -> None:
+def test_a_shared_prefix_changes_neither_loss_nor_gradients(path: Path, small: SmallModel) -> None:
     examples = [answer_example([5, 6, 7, 8, 9, *([11] * n)], [12 + n, 3]) for n in (0, 1, 4)]
     prefix_ids = find_common_prefix(examples)
     shorter = [example.without(len(prefix_ids)) for example in examples]
@@ -179,7 +178,6 @@ def test_a_shared_prefix_changes_neither_loss_nor_gradients(
             shuffled_batches(batches),
             steps=2,
             accumulate=1,
-            latest=tmp_path / "latest.safetensors",
             on_step=lambda: None,
         )
         written.append(
@@ -316,6 +314,27 @@ def test_the_held_out_loss_falls_and_the_adapter_gives_it_again(
     batches = make_batches(make_examples(adapted, held_out), 8)
     tuning = LoraTuning(model, None, learning_rate=_RATE)
     assert tuning.mean_loss(batches) == pytest.approx(best.loss, rel=0.02, abs=1e-3)
+
+
+def test_a_training_writes_no_weights_but_the_best(
+    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = mx.save_safetensors
+    written: list[Path] = []
+
+    def record(file: str, *arguments: dict[str, Any]) -> None:
+        written.append(Path(file).parent)
+        save(file, *arguments)
+
+    monkeypatch.setattr(mx, "save_safetensors", record)
+    monkeypatch.chdir(tmp_path)
+    steps: list[int] = []
+    outcome = adapt(small, tmp_path / "a", epochs=1, on_step=steps.append)
+    # Two batches, each judged.
+    assert steps == [0, 1, 2]
+    assert len(outcome.figures) == 3
+    assert set(written) == {tmp_path / "a"}
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
 
 def test_an_adapter_is_trained_further(path: Path, small: SmallModel, tmp_path: Path) -> None:
