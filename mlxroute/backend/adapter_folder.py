@@ -7,6 +7,7 @@ A folder has `adapters.safetensors` and `adapter_config.json`, as `mlx_lm.lora` 
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +18,8 @@ WEIGHTS_FILE: Final = "adapters.safetensors"
 CONFIG_FILE: Final = "adapter_config.json"
 PROVENANCE_FILE: Final = "provenance.json"
 _DIGITS: Final = 8
+# Files that a killed process was writing; see `replace_file`.
+_TEMPORARY: Final = re.compile(r"\.(adapters|adapter_config|provenance)\.\d+-[0-9a-f]+\.\w+")
 
 
 def adapted_name(name: str, adapter: Path | None) -> str:
@@ -79,3 +82,12 @@ def read_trained_questions(adapter: Path) -> frozenset[str]:
     if not isinstance(questions, list):
         raise UsageError(f"{file} has no list of questions", parameter="adapter")
     return frozenset(str(question) for question in questions)
+
+
+def holds_no_adapter(folder: Path) -> bool:
+    """Return whether a folder has no files, or only what a killed `adapt` wrote of its first ones.
+
+    Weights with a configuration are an adapter, perhaps of another program.
+    """
+    names = {file.name for file in folder.iterdir() if not _TEMPORARY.fullmatch(file.name)}
+    return names < {WEIGHTS_FILE, CONFIG_FILE}

@@ -342,10 +342,18 @@ class _Training:
 
     def _write(self, figures: HeldOutFigures) -> None:
         """Write the folder of the adapter, whose weights have these figures."""
-        self._tuning.write_weights(self._folder / WEIGHTS_FILE)
-        # Not before: after an interrupt the report is of the weights that are there.
-        self._state.best = figures
-        self._write_report()
+        is_first = self._state.best is None
+        try:
+            self._tuning.write_weights(self._folder / WEIGHTS_FILE)
+            # Not before: after an interrupt the report is of the weights that are there.
+            self._state.best = figures
+            self._write_report()
+        except OSError:
+            if is_first:
+                # Without a provenance the same command could not begin again in this folder.
+                for name in (WEIGHTS_FILE, CONFIG_FILE):
+                    (self._folder / name).unlink(missing_ok=True)
+            raise
 
     def _write_report(self) -> None:
         """Write what belongs to the weights: their shape and their provenance."""

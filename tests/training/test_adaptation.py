@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from mlxroute.errors import LargeProtocolError, LargeRefused, NotEnoughSpace, Us
 from mlxroute.questions.question_files import AnswerKind, Question, question_messages
 from mlxroute.recorded.large_answers import LargeAnswer
 from mlxroute.recorded.recording_large import RecordingLarge
+from mlxroute.replace_file import replace_file
 from mlxroute.small import SmallModel
 from mlxroute.training import adaptation
 from mlxroute.training.adaptation import adapt_to_answers, make_examples, split_answers
@@ -421,6 +423,21 @@ def test_an_interrupt_while_weights_are_written_keeps_those_before(
     outcome = adapt(small, folder)
     assert outcome.ended_by == "interrupt"
     assert outcome.best == outcome.figures[-2]
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "provenance.json"])
+def test_a_full_disk_leaves_no_adapter_without_its_provenance(
+    name: str, small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(path: Path, data: bytes) -> None:
+        if path.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        replace_file(path, data)
+
+    monkeypatch.setattr(adaptation, "replace_file", write)
+    with pytest.raises(OSError, match="No space left on device"):
+        adapt(small, tmp_path / "a", epochs=1)
+    assert not list((tmp_path / "a").iterdir())
 
 
 def test_an_interrupted_training_goes_on_from_the_kept_weights(

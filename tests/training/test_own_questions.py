@@ -281,3 +281,36 @@ def test_an_interrupt_before_the_first_adapter_says_that_none_was_written(
     adapt = ["adapt", "--data", str(data), "--out", str(tmp_path / "out")]
     assert main([*adapt, "--large", "http://127.0.0.1:9/v1"]) == 130
     assert "no adapter was written yet; the recorded answers are kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("names", "is_new"),
+    [
+        ([], True),
+        # What a killed run left.
+        (["adapters.safetensors"], True),
+        (["adapter_config.json", ".adapters.12-0a1b2c3d.safetensors"], True),
+        # Perhaps an adapter of another program.
+        (["adapters.safetensors", "adapter_config.json"], False),
+        (["adapters.safetensors", "notes.txt"], False),
+    ],
+)
+def test_adapt_begins_in_a_folder_without_an_adapter(
+    names: list[str],
+    is_new: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlxroute.cli.commands.adapt._AdaptRun.adapt", interrupt)
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in names:
+        (out / name).touch()
+    data = write_questions(tmp_path, "questions.jsonl", range(10))
+    adapt = ["adapt", "--data", str(data), "--out", str(out), "--large", "http://127.0.0.1:9/v1"]
+    assert main(adapt) == (130 if is_new else 2)
+    assert ("choose a new folder for the adapter" in capsys.readouterr().err) is not is_new

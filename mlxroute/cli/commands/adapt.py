@@ -161,10 +161,10 @@ def _find_interrupted(out: Path, command: str, data: dict[str, Any]) -> Interrup
     `data` is the part of a report about the data. Raises UsageError for a folder with other files,
     and for a run with other data: what it held out may have become training data, or the reverse.
     """
-    from mlxroute.backend.adapter_folder import PROVENANCE_FILE
+    from mlxroute.backend.adapter_folder import PROVENANCE_FILE, holds_no_adapter
     from mlxroute.backend.model_files import read_json_object
 
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists() or (out.is_dir() and holds_no_adapter(out)):
         return None
     file = out / PROVENANCE_FILE
     if file.is_file():
