@@ -49,11 +49,11 @@ def find_large_choices(
     """Return, for each position of the answers, the token that the large model would write there.
 
     Where the large model's token is spelled as several of the small one, this is the first that
-    differs; where the large model ends, it is the small model's own end token. A call returns
-    tokens up to the next disagreement, so an answer takes one call more than it has disagreements.
-    An answer that the server cannot continue at some position has no choices from there on.
-    `at_once` and `on_answer` as in `write_large_answers`. Raises LargeError if the large model
-    fails otherwise.
+    differs; where the large model ends, it is the small model's own end token. A call ends at a
+    disagreement or after 17 tokens, so an answer takes at most one call for each disagreement, one
+    for every 17 tokens, and one more. An answer that the server cannot continue at some position
+    has no choices from there on. `at_once` and `on_answer` as in `write_large_answers`. Raises
+    LargeError if the large model fails otherwise.
     """
 
     def choose(answer: WrittenAnswer) -> list[int]:
