@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from mlxroute.config import Settings
@@ -33,6 +37,30 @@ def output_folder(path: Path) -> Path:
     folder = expand_user(path)
     check_creatable(folder / "file", parameter="out")
     return folder
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Make a folder if there is none, and keep other runs out of it.
+
+    Raises UsageError if another run has it. On a file system without locks, no run is kept out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        os.close(handle)
+        raise UsageError(
+            f"another run writes to {folder}; wait for its end, or choose a new folder",
+            parameter="out",
+        ) from exc
+    except OSError:
+        pass  # A file system without locks.
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def find_bench_file(folder: str, name: str) -> Path:

@@ -314,3 +314,21 @@ def test_adapt_begins_in_a_folder_without_an_adapter(
     adapt = ["adapt", "--data", str(data), "--out", str(out), "--large", "http://127.0.0.1:9/v1"]
     assert main(adapt) == (130 if is_new else 2)
     assert ("choose a new folder for the adapter" in capsys.readouterr().err) is not is_new
+
+
+def test_only_one_run_writes_to_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_questions(tmp_path, "questions.jsonl", range(10))
+    out = tmp_path / "out"
+    adapt = ["adapt", "--data", str(data), "--out", str(out), "--large", "http://127.0.0.1:9/v1"]
+    codes: list[int] = []
+
+    def run_again(*_: object) -> None:
+        codes.append(main(adapt))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlxroute.cli.commands.adapt._AdaptRun.adapt", run_again)
+    assert main(adapt) == 130
+    assert codes == [2]
+    assert f"another run writes to {out}; wait for its end" in capsys.readouterr().err

@@ -17,7 +17,13 @@ from mlxroute._version import __version__
 from mlxroute.cli.adapt_notes import print_figures, warn_of_known
 from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
-from mlxroute.cli.folders import data_name, expand_optional, hash_file, output_folder
+from mlxroute.cli.folders import (
+    data_name,
+    expand_optional,
+    hash_file,
+    locked_folder,
+    output_folder,
+)
 from mlxroute.cli.model_pair import load_paired_small, open_recording
 from mlxroute.cli.quality_tables import MAX_CUT_OFF_SHARE
 from mlxroute.cli.worked_examples import (
@@ -87,8 +93,8 @@ def adapt(
 
     Answers are recorded, so that none is asked for twice; Ctrl-C keeps the best weights so far.
     """
-    from mlxroute.cli.large_setup import make_large, open_ledger, require_large
-    from mlxroute.cli.terminal import make_consoles, print_note
+    from mlxroute.cli.large_setup import require_large
+    from mlxroute.cli.terminal import make_consoles
     from mlxroute.questions.question_files import MIN_TRAINING_QUESTIONS, sample_files
 
     address = require_large(settings, "adapt")
@@ -118,19 +124,30 @@ def adapt(
     )
     check_questions_sendable(settings, run.questions, run.examples, "adapt")
     _, err = make_consoles()
-    if (interrupted := _find_interrupted(out, run.command, run.data_report(settings))) is not None:
-        print_note(err, f"resuming {interrupted.place}")
-    with open_ledger(settings) as ledger, make_large(settings, address, ledger, err) as large:
-        try:
-            outcome = run.adapt(settings, large, out, interrupted, err)
-        except KeyboardInterrupt:
-            if interrupted is None:
-                print_note(err, "no adapter was written yet; the recorded answers are kept")
-            raise
+    with locked_folder(out):
+        outcome = _adapt_in(out, run, settings, address, err)
     print_figures(outcome, out, err)
     shown = {name: value for name, value in outcome.report.items() if name != "questions"}
     sys.stdout.write(json.dumps(shown) + "\n")
     return EXIT_INTERRUPTED if outcome.ended_by == "interrupt" else EXIT_OK
+
+
+def _adapt_in(
+    out: Path, run: _AdaptRun, settings: Settings, address: str, err: Console
+) -> TuningOutcome:
+    """Begin a run in a folder, or resume the one that was interrupted there."""
+    from mlxroute.cli.large_setup import make_large, open_ledger
+    from mlxroute.cli.terminal import print_note
+
+    if (interrupted := _find_interrupted(out, run.command, run.data_report(settings))) is not None:
+        print_note(err, f"resuming {interrupted.place}")
+    with open_ledger(settings) as ledger, make_large(settings, address, ledger, err) as large:
+        try:
+            return run.adapt(settings, large, out, interrupted, err)
+        except KeyboardInterrupt:
+            if interrupted is None:
+                print_note(err, "no adapter was written yet; the recorded answers are kept")
+            raise
 
 
 def _check_options(settings: Settings, rank: int | None, learning_rate: float) -> None:
@@ -164,7 +181,7 @@ def _find_interrupted(out: Path, command: str, data: dict[str, Any]) -> Interrup
     from mlxroute.backend.adapter_folder import PROVENANCE_FILE, holds_no_adapter
     from mlxroute.backend.model_files import read_json_object
 
-    if not out.exists() or (out.is_dir() and holds_no_adapter(out)):
+    if holds_no_adapter(out):
         return None
     file = out / PROVENANCE_FILE
     if file.is_file():
