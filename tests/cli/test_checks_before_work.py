@@ -193,6 +193,24 @@ def test_the_rank_of_an_adapter_cannot_be_changed(
     assert "--rank cannot be given with an adapter to start from" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize("kind", ["dora", "full"])
+def test_an_adapter_that_cannot_be_trained_further_is_reported_before_its_answers_are_asked_for(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"fine_tune_type": kind}))
+    (adapter / "adapters.safetensors").touch()
+    data = tmp_path / "q.jsonl"
+    data.write_text("".join(f'{{"prompt": "Why {number}?"}}\n' for number in range(10)))
+    with Loopback(lambda request: Reply()) as server:
+        arguments = ["adapt", "--data", str(data), "--out", str(tmp_path / "out")]
+        assert main([*arguments, "--large", server.url, "--adapter", str(adapter)]) == 2
+        assert server.requests == []
+    assert "has no LoRA weights to train further" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -35,6 +35,7 @@ from mlxroute.cli.worked_examples import (
 )
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
+from mlxroute.user_folders import expand_user
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -153,8 +154,14 @@ def _adapt_in(
 def _check_options(settings: Settings, rank: int | None, learning_rate: float) -> None:
     if not 0 < learning_rate < 1:
         raise UsageError("--learning-rate must be between 0 and 1")
-    if rank is not None and settings.adapter is not None:
+    if settings.adapter is None:
+        return
+    if rank is not None:
         raise UsageError("--rank cannot be given with an adapter to start from: its rank stays")
+    from mlxroute.backend.adapter_folder import read_adapter_config
+
+    # Raises for one that cannot be trained further, before its answers are asked for.
+    read_adapter_config(expand_user(settings.adapter))
 
 
 def _shots(count: int | None) -> str:
