@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mlxroute.small import SmallModel
 
 DEFAULT_SHOTS = 4
+# Right answers with so many words are mostly sentences.
+_SENTENCE_WORDS = 5
 
 
 def read_examples(
@@ -48,6 +50,22 @@ def read_examples(
                 " examples from other questions with --examples, or none with --shots 0"
             )
     return examples
+
+
+def note_sentences(questions: list[Question], err: Console) -> None:
+    """Print a note if most right answers are sentences, which few texts repeat word for word."""
+    from mlxroute.cli.terminal import print_note
+    from mlxroute.questions.question_files import AnswerKind
+
+    texts = [item.answer for item in questions if item.kind is AnswerKind.TEXT and item.answer]
+    sentences = sum(len(answer.split()) >= _SENTENCE_WORDS for answer in texts)
+    if 2 * sentences > len(texts):
+        print_note(
+            err,
+            f"{sentences} of {len(texts)} right answers have {_SENTENCE_WORDS} words or more; a"
+            " model's text is right only if it has the row's `answer` word for word, so shorten it"
+            " to words that every right text has, or leave it out",
+        )
 
 
 def check_questions_sendable(

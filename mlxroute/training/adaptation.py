@@ -28,6 +28,7 @@ from mlxroute.backend.adapter_folder import (
 )
 from mlxroute.errors import UsageError
 from mlxroute.questions.grading import grade
+from mlxroute.questions.question_files import AnswerKind
 from mlxroute.replace_file import replace_file
 from mlxroute.small import SmallModel
 from mlxroute.training.batch_size import choose_batch_size
@@ -93,9 +94,13 @@ def split_answers(
     trained = [item for item in others if not _is_wrong(small, item)]
     needed = min(MIN_ANSWERS, len(others))
     if len(trained) < needed:
+        advice = "give more questions"
+        if any(item.question.kind is AnswerKind.TEXT and item.question.answer for item in others):
+            # A sentence is hardly ever repeated word for word, however many questions there are.
+            advice += ", or shorten `answer` to words that every right text has, or leave it out"
         raise UsageError(
             f"only {len(trained)} of the large model's {len(others)} answers to train on are right;"
-            f" at least {needed} are needed, so give more questions"
+            f" at least {needed} are needed, so {advice}"
         )
     return trained, held_out
 

@@ -68,3 +68,26 @@ def test_a_question_that_does_not_fit_is_named_before_any_answer(
     assert main(["calibrate", "--data", str(data), *options]) == 2
     messages = " ".join(capsys.readouterr().err.split())
     assert re.search(r"question row-2: the prompt has [\d,]+ tokens and the small model", messages)
+
+
+@pytest.mark.parametrize("command", ["adapt", "train --labels preference", "train"])
+@pytest.mark.parametrize("answer", ["Jupiter", "The largest planet is Jupiter."])
+def test_answers_that_few_texts_repeat_are_named_before_the_server_is_asked(
+    command: str,
+    answer: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlxroute.cli.commands.adapt._AdaptRun.adapt", interrupt)
+    monkeypatch.setattr("mlxroute.cli.commands.train._fit", interrupt)
+    data = write_rows(tmp_path / "rows.jsonl", 10)
+    data.write_text(data.read_text().replace('"yes"', json.dumps(answer)))
+    out = tmp_path / "out" if command == "adapt" else tmp_path / "head.safetensors"
+    arguments = ["--data", str(data), "--out", str(out), "--large", "http://127.0.0.1:9/v1"]
+    assert main([*command.split(), *arguments]) == 130
+    is_noted = "10 of 10 right answers have 5 words or more" in capsys.readouterr().err
+    assert is_noted == (answer != "Jupiter" and command != "train")

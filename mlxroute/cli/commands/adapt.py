@@ -30,6 +30,7 @@ from mlxroute.cli.worked_examples import (
     DEFAULT_SHOTS,
     check_questions_fit,
     check_questions_sendable,
+    note_sentences,
     read_examples,
     trained_questions,
 )
@@ -125,6 +126,7 @@ def adapt(
     )
     check_questions_sendable(settings, run.questions, run.examples, "adapt")
     _, err = make_consoles()
+    note_sentences(run.questions, err)
     with locked_folder(out):
         outcome = _adapt_in(out, run, settings, address, err)
     print_figures(outcome, out, err)

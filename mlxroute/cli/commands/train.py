@@ -18,6 +18,7 @@ from mlxroute.cli.terminal import show_status
 from mlxroute.cli.worked_examples import (
     check_questions_fit,
     check_questions_sendable,
+    note_sentences,
     read_examples,
     warn_of_trained_questions,
 )
@@ -86,6 +87,8 @@ def train(
     check_questions_sendable(settings, material.questions, material.examples, "train")
     _, err = make_consoles()
     warn_of_trained_questions(settings, sampled, err)
+    if labels in (LabelKind.PREFERENCE, LabelKind.ADVANTAGE):
+        note_sentences(sampled, err)
     with open_ledger(settings) as ledger, make_large(settings, address, ledger, err) as large:
         small_name, fitted = _fit(settings, large, material, err)
     file = out or user_head_file(small_name, user_catalog_dir())
