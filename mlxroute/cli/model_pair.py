@@ -8,12 +8,16 @@ from mlxroute.cli.folders import record_path
 from mlxroute.config import read_never_send
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from rich.console import Console
 
     from mlxroute.config import Settings
     from mlxroute.large import LargeModel
     from mlxroute.recorded.recording_large import RecordingLarge
     from mlxroute.small import SmallModel
+    from mlxroute.types import Message
 
 
 def load_paired_small(settings: Settings, large: LargeModel, err: Console) -> SmallModel:
@@ -50,3 +54,33 @@ def open_recording(
         never_send=read_never_send(settings),
         timeout_s=max(RECORDING_TIMEOUT_S, settings.timeout),
     )
+
+
+def note_recorded(
+    recording: RecordingLarge,
+    small: SmallModel,
+    conversations: Sequence[Sequence[Message]],
+    err: Console,
+    *,
+    max_tokens: int,
+    labels: Path | None = None,
+) -> None:
+    """Print a note if answers to conversations, or their first tokens, were recorded before.
+
+    A large model that changed under the same name is not noticed otherwise. `labels` is the folder
+    of the labels that were made from the answers; None (default) if none are used.
+    """
+    from mlxroute.cli.terminal import print_note
+
+    count = sum(
+        recording.replies.find_whole(item, max_tokens) is not None
+        or bool(recording.replies.find_tokens(small.encode_conversation(item).ids, 1))
+        for item in conversations
+    )
+    if count:
+        files = str(recording.replies.path) + (f" and the folder {labels}" if labels else "")
+        print_note(
+            err,
+            f"{count} of {len(conversations)} answers were recorded before, in {files}; delete"
+            f" {'both' if labels else 'it'} if the large model changed under the same name",
+        )

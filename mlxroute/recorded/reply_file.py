@@ -21,12 +21,12 @@ from mlxroute.types import LargeToken, Message
 class ReplyFile:
     """Tokens by the token ids before them, and whole answers by their conversation. Thread-safe.
 
-    The file belongs to one pair of models, because the ids are those of the small model's
+    The file, `path`, belongs to one pair of models, because the ids are those of the small model's
     vocabulary. It is read at once, and each new reply is appended to it.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._lock = threading.Lock()
         self._tokens: dict[str, LargeToken] = {}
         self._wholes: dict[str, WholeAnswer] = {}
@@ -56,7 +56,7 @@ class ReplyFile:
                     self._tokens[key] = token
                     items.append({"key": key, **token_to_json(token)})
                 ids += token.token_ids
-            append_records(self._path, items)
+            append_records(self.path, items)
 
     def find_whole(self, conversation: Sequence[Message], max_tokens: int) -> WholeAnswer | None:
         """Return the recorded answer of at most `max_tokens` tokens; None if there is none."""
@@ -71,4 +71,4 @@ class ReplyFile:
         key = whole_key(conversation, max_tokens)
         with self._lock:
             self._wholes[key] = whole
-            append_records(self._path, [{"key": key, "whole": asdict(whole)}])
+            append_records(self.path, [{"key": key, "whole": asdict(whole)}])

@@ -111,6 +111,7 @@ def test_a_small_model_is_adapted_to_a_users_questions(
     assert report["answers"] == {"trained": 8, "held_out": 2}
     assert report["figures"][0]["loss"] > report["kept"]["loss"]
     assert f"use it with --adapter {out}" in messages
+    assert "recorded before" not in messages
     provenance = json.loads((out / "provenance.json").read_text())
     assert len(provenance["questions"]) == 10
     assert len(provenance["data"][0]["sha256"]) == 64
@@ -144,6 +145,7 @@ def test_a_small_model_is_adapted_to_a_users_questions(
     code, resumed, messages = run(*adapt, "--data", str(data), "--out", str(out))
     assert code == 0, messages
     assert "resuming round 0 at epoch " in messages
+    assert f"10 of 10 answers were recorded before, in {record}; delete it if the" in messages
     assert resumed["figures"][0] == report["figures"][0]
     assert record.read_bytes() == rows
     report = resumed
@@ -261,7 +263,11 @@ def test_a_head_is_fitted_to_advantages_and_the_run_repeats(
     assert f"use it with --head {head} --budget 20%" in messages
     files = sorted((tmp_path / "labels").iterdir())
     assert len(files) == 12
-    assert run("--out", str(head))[0] == report
+    again, messages = run("--out", str(head))
+    assert again == report
+    recorded = f"and the folder {tmp_path / 'labels'}; delete both if the large model changed"
+    assert "15 of 15 answers were recorded before, in " in messages
+    assert recorded in messages
     assert sorted((tmp_path / "labels").iterdir()) == files
 
     # Answers that a head writes are others.

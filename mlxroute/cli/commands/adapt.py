@@ -24,7 +24,7 @@ from mlxroute.cli.folders import (
     locked_folder,
     output_folder,
 )
-from mlxroute.cli.model_pair import load_paired_small, open_recording
+from mlxroute.cli.model_pair import load_paired_small, note_recorded, open_recording
 from mlxroute.cli.quality_tables import MAX_CUT_OFF_SHARE
 from mlxroute.cli.worked_examples import (
     DEFAULT_SHOTS,
@@ -283,7 +283,7 @@ class _AdaptRun:
             open_recording(settings, small, large, at_once=self.at_once) as recording,
             count_progress(err) as counts,
         ):
-            answers = self._record(small, recording, counts)
+            answers = self._record(small, recording, counts, err)
             self._warn_of_cut_off(small, answers, err)
             # Those of the adapter to start from, not of an interrupted run.
             known = trained_questions(settings)
@@ -301,7 +301,7 @@ class _AdaptRun:
             )
 
     def _record(
-        self, small: SmallModel, recording: RecordingLarge, progress: Progress
+        self, small: SmallModel, recording: RecordingLarge, progress: Progress, err: Console
     ) -> list[WorkedAnswer]:
         """Return the large model's answers to the questions, recorded before or now."""
         from mlxroute.questions.question_files import question_messages
@@ -309,6 +309,7 @@ class _AdaptRun:
         from mlxroute.training.tuning_types import WorkedAnswer
 
         conversations = [question_messages(item, self.examples) for item in self.questions]
+        note_recorded(recording, small, conversations, err, max_tokens=self.tokens)
         done = itertools.count()
         progress(_RECORDING, next(done), len(conversations))
         answers = write_large_answers(

@@ -13,7 +13,7 @@ import typer
 
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
 from mlxroute.cli.folders import cache_dir_of, data_name, hash_file
-from mlxroute.cli.model_pair import load_paired_small, open_recording
+from mlxroute.cli.model_pair import load_paired_small, note_recorded, open_recording
 from mlxroute.cli.terminal import show_status
 from mlxroute.cli.worked_examples import (
     check_questions_fit,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from mlxroute.large import LargeModel
     from mlxroute.questions.question_files import Question
+    from mlxroute.recorded.recording_large import RecordingLarge
     from mlxroute.small import SmallModel
     from mlxroute.training.head_fitting import FittedHead
     from mlxroute.training.labels import LabelledAnswer
@@ -198,6 +199,7 @@ def _label_answers(
         open_recording(settings, small, large, at_once=material.at_once) as recording,
         count_progress(err) as progress,
     ):
+        _note_recorded(settings, small, recording, material, err)
         return collect_labels(
             small,
             recording,
@@ -209,6 +211,25 @@ def _label_answers(
             with_continuations=material.labels in (LabelKind.CONSEQUENCE, LabelKind.PREFERENCE),
             progress=progress,
         )
+
+
+def _note_recorded(
+    settings: Settings,
+    small: SmallModel,
+    recording: RecordingLarge,
+    material: _Material,
+    err: Console,
+) -> None:
+    from mlxroute.questions.question_files import question_messages
+
+    note_recorded(
+        recording,
+        small,
+        [question_messages(item, material.examples) for item in material.questions],
+        err,
+        max_tokens=material.tokens,
+        labels=cache_dir_of(settings) / "labels",
+    )
 
 
 def _fit_to_advantages(
@@ -241,6 +262,7 @@ def _fit_to_advantages(
         open_recording(settings, small, large, at_once=material.at_once) as recording,
         count_progress(err) as progress,
     ):
+        _note_recorded(settings, small, recording, material, err)
         training = AdvantageTraining(
             small,
             recording,
