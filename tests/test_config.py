@@ -227,6 +227,9 @@ def test_a_wrong_value_is_named_with_its_key_and_file(
         ("MLXROUTE_STRICT", "perhaps", " must be true or false"),
         ("MLXROUTE_MODE", "fast", " must be one of auto, "),
         ("MLXROUTE_NEVER_SEND", "(x", r": '\(x' is not a regular expression"),
+        # As an env file with the line ends of Windows gives it.
+        ("MLXROUTE_NEVER_SEND", "zebra\r", r": 'zebra\\r' has the control character '\\r'; "),
+        ("MLXROUTE_NEVER_SEND", "Z\udcfcrich", ": 'Z\ufffdrich' has bytes that are not UTF-8; "),
     ],
 )
 def test_a_wrong_value_is_named_with_its_variable(
@@ -241,6 +244,7 @@ def test_a_wrong_value_is_named_with_its_variable(
     [
         ({"temperature": -1.0}, "^temperature must be at least 0"),
         ({"never_send": ("ok", "(x")}, r"^never_send '\(x' is not a regular expression"),
+        ({"never_send": ("a\tb\n", "\x1b")}, r"^never_send '\\x1b' has the control character"),
     ],
 )
 def test_a_wrong_flag_is_named_as_a_parameter(
