@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,19 +51,26 @@ class Secrets:
 
     def redact(self, text: str) -> str:
         """Return a message of a server, which may echo secrets, with `[key]` in their place."""
-        return _without(self._texts, text)
+        for secret in self._texts:
+            text = text.replace(secret, _REDACTED)
+        return text
 
     def redact_json(self, value: Any) -> Any:
         """Return a JSON value with `[key]` in place of every secret; keys of objects stay.
 
-        Secrets of less than 8 characters stay too: they may be words of a conversation.
+        A secret may be spread over the texts of a list, and cut off where a text ends, unless it
+        has less than 16 characters. Those of less than 8 stay: they may be words of a conversation.
         """
         # Replace in the parsed value: in JSON text, escapes could hide a secret.
+        if isinstance(value, str):
+            return self._redact_pieces([value])[0]
         if isinstance(value, dict):
             return {key: self.redact_json(item) for key, item in value.items()}
         if isinstance(value, list):
-            return [self.redact_json(item) for item in value]
-        return _without(filter(is_secret, self._texts), value) if isinstance(value, str) else value
+            is_text = all(isinstance(item, str) for item in value)
+            items = self._redact_pieces(value) if is_text else value
+            return [self.redact_json(item) for item in items]
+        return value
 
     def appear_in(self, text: str) -> bool:
         """Return whether a text has a secret, or its beginning where the text is cut off.
@@ -69,17 +78,47 @@ class Secrets:
         Secrets of less than 16 characters are not looked for.
         """
         return any(
-            secret in text
-            or any(text.endswith(secret[:end]) for end in range(_RECOGNISED, len(secret)))
+            secret in text or _cut_length(secret, text)
             for secret in self._texts
             if len(secret) >= _MIN_REFUSED
         )
 
+    def _redact_pieces(self, pieces: list[str]) -> list[str]:
+        """Return the pieces of a text, each secret replaced in the piece where it begins."""
+        text = "".join(pieces)
+        places = self._find(text)
+        if not places:
+            return pieces
+        shown = list(text)
+        for start, end in places:
+            shown[start:end] = [_REDACTED, *[""] * (end - start - 1)]
+        edges = accumulate(map(len, pieces), initial=0)
+        return ["".join(shown[start:end]) for start, end in pairwise(edges)]
 
-def _without(secrets: Iterable[str], text: str) -> str:
-    for secret in secrets:
-        text = text.replace(secret, _REDACTED)
-    return text
+    def _find(self, text: str) -> list[tuple[int, int]]:
+        """Return the places in a text, in order, of secrets and of the beginning of one at its end.
+
+        Those that overlap are one place.
+        """
+        matches: list[tuple[int, int]] = []
+        for secret in self._texts:
+            if is_secret(secret) and secret[:_RECOGNISED] in text:
+                matches += [match.span() for match in re.finditer(re.escape(secret), text)]
+                cut = _cut_length(secret, text) if len(secret) >= _MIN_REFUSED else 0
+                matches += [(len(text) - cut, len(text))] if cut else []
+        places: list[tuple[int, int]] = []
+        for start, end in sorted(matches):
+            if places and start < places[-1][1]:
+                before = places.pop()
+                start, end = before[0], max(end, before[1])
+            places.append((start, end))
+        return places
+
+
+def _cut_length(secret: str, text: str) -> int:
+    """Return how many characters of a secret a text ends in; 0 if too few to recognise it."""
+    ends = range(len(secret) - 1, _RECOGNISED - 1, -1)
+    return next((end for end in ends if text.endswith(secret[:end])), 0)
 
 
 class Ledger(Closeable):

@@ -20,6 +20,8 @@ from mlxroute.errors import LargeError, LargeUnrecorded, UsageError
 from mlxroute.large import LargeModel
 from mlxroute.ledger import Ledger, Secrets
 from mlxroute.types import Prices, Uploads
+from mlxroute.view.answer_html import draw_page
+from mlxroute.view.answer_text import answer_rows
 from tests.support.connected_clients import VOCABULARY, legacy
 from tests.support.documents import make_document
 from tests.support.loopback import Loopback, Reply
@@ -141,6 +143,36 @@ def test_a_short_password_is_kept_out_of_messages_and_changes_no_conversation() 
     assert secrets.redact("401: cat, cat-and-dog") == "401: [key], [key]"
     assert secrets.redact_json(["a cat", "cat-and-dog"]) == ["a cat", "[key]"]
     assert not secrets.appear_in("a cat-and-dog")
+
+
+def test_a_key_that_is_cut_off_or_spread_over_texts_is_redacted() -> None:
+    secrets = Secrets()
+    secrets.add("sk-proj-abcdefghijk", "proj-abcdefgh", "password1")
+    assert secrets.redact_json({"prompt": "Bearer sk-proj-abc"}) == {"prompt": "Bearer [key]"}
+    assert secrets.redact_json(["ends in sk-proj-", "more"]) == ["ends in [key]", "more"]
+    assert secrets.redact_json("sk-proj") == "sk-proj"
+    # Short ones may be the beginning of a word.
+    assert secrets.redact_json("a password") == "a password"
+    pieces = ["a sk-", "proj-abcde", "fghijk, a pass", "word1"]
+    assert secrets.redact_json(pieces) == ["a [key]", "", ", a [key]", ""]
+
+
+def test_tokens_that_spell_the_key_are_not_saved() -> None:
+    secrets = Secrets()
+    secrets.add("sk-abcdef123456")
+    asked = make_document(b'is "sk-abcdef123456" it?', [b"a", b"?"], unsure=(7, 23))
+    data = format_document(asked, redact=secrets.redact_json)
+    document = parse_document(data)
+    assert "".join(token.text for token in document.tokens) == 'is "[key]" it?'
+    assert document.summary.text == 'is "[key]" it?'
+    spelled = [token for token in document.tokens if token.id < 0]
+    assert [token.index for token in spelled] == list(range(4, 19))
+    assert {(token.small, token.large) for token in spelled} == {(None, None)}
+    assert document.replies == ()
+    assert asked.replies
+    # It can be shown all the same.
+    assert answer_rows(document, width=None)
+    assert "[key]" in draw_page(document)
 
 
 def test_the_large_model_adds_its_secrets_to_the_ledger(server: Loopback, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from mlxroute.untrusted_text import MalformedText, TextFile, decode_text, parse_
 from mlxroute.user_folders import expand_user
 
 _MAX_BYTES = 256 * 2**20
+# Of a token that is part of a secret.
+_NO_ID = -1
 _REQUIRED_KEYS = {"role", "content"}
 
 
@@ -24,9 +26,11 @@ def format_document(
 ) -> bytes:
     """Return a document as JSON: one key a line, one token and one reply a line.
 
-    `redact` gets the JSON value and returns it without secrets; by default nothing is removed.
+    `redact` gets a JSON value and returns it without secrets, also such as the texts of a list
+    spell together; by default nothing is removed. Of tokens that spell one, only the rest of the
+    text stays, and no reply does.
     """
-    value = redact(to_json(document))
+    value = _redacted(document, redact)
     lines = [f"{json.dumps(key)}: {_format_value(item)}" for key, item in value.items()]
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
@@ -35,7 +39,19 @@ def format_inline(
     document: AnswerDocument, *, redact: Callable[[Any], Any] = lambda value: value
 ) -> str:
     """Return a document as JSON on one line."""
-    return _dump(redact(to_json(document)))
+    return _dump(_redacted(document, redact))
+
+
+def _redacted(document: AnswerDocument, redact: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return the JSON value of a document without secrets, and without tokens that spell one."""
+    value: dict[str, Any] = redact(to_json(document))
+    texts = [token.text for token in document.tokens]
+    for token, before, after in zip(value["tokens"], texts, redact(texts), strict=True):
+        if after != before:
+            # Ids and candidates spell it too, as do the replies.
+            token.update(id=_NO_ID, text=after, small=None, large=None)
+            value["replies"] = []
+    return value
 
 
 def _format_value(value: Any) -> str:
