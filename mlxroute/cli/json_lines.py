@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from mlxroute.answers.document import AnswerSummary
 from mlxroute.answers.record_json import to_json
 from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
+from mlxroute.errors import MlxRouteError
 from mlxroute.types import Event, LargeToken, Provisional, Retracted, RunStats, Token
 
 if TYPE_CHECKING:
@@ -24,16 +25,19 @@ def write_json(
 ) -> int:
     """Write one object per committed token, then a summary; return 130 after Ctrl-C, else 0.
 
-    With `events`, also write one object per provisional token and per retraction.
+    With `events`, also write one object per provisional token and per retraction. An answer that a
+    failure or a signal ends has its summary too, before the error is raised.
     """
     try:
         for event in answer.events():
             if events or isinstance(event, Token):
                 write_object(event_object(event), stream)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit, MlxRouteError) as reason:
         # Here, so that an error of a closed pipe tells of the interrupt.
         write_object(summary_object(answer.stats(), session), stream)
-        return EXIT_INTERRUPTED
+        if isinstance(reason, KeyboardInterrupt):
+            return EXIT_INTERRUPTED
+        raise
     write_object(summary_object(answer.stats(), session), stream)
     return EXIT_OK
 

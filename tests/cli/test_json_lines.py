@@ -7,6 +7,7 @@ import json
 import resource
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,16 +16,23 @@ from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
 from mlxroute.cli.bench_report import write_report
 from mlxroute.cli.commands.calibrate import report_object as calibrate_report
-from mlxroute.cli.json_lines import event_object, write_object
-from mlxroute.errors import LargeUnsendable
+from mlxroute.cli.json_lines import event_object, write_json, write_object
+from mlxroute.cli.process_signals import Terminated
+from mlxroute.errors import LargeTimeout, LargeUnsendable
 from mlxroute.types import Provisional, Retracted, Signals, Source
 from tests.support.connected_clients import legacy
 from tests.support.documents import record_answer
 from tests.support.loopback import Loopback, Reply
 from tests.support.negotiated import honest
+from tests.support.scripted_answer import ScriptedAnswer
 from tests.support.scripted_models import ScriptedLarge, ScriptedSmall
 from tests.support.tiny import make_tiny_model
 
+SESSION: Any = SimpleNamespace(
+    routing=SimpleNamespace(name="entropy", threshold=1.0, budget=None),
+    small=SimpleNamespace(name="tiny"),
+    large=None,
+)
 TOKEN_KEYS = [
     "type",
     "index",
@@ -144,6 +152,29 @@ def test_a_token_whose_call_was_not_made_has_the_reason_as_its_failure() -> None
     unchecked, checked, *_ = map(event_object, answer)
     assert (unchecked["checked"], unchecked["failure"]) == (False, "too long")
     assert (checked["checked"], checked["failure"]) == (True, None)
+
+
+@pytest.mark.parametrize("reason", [LargeTimeout("no reply"), Terminated(143)])
+def test_an_answer_that_a_failure_or_a_signal_ends_has_a_summary_too(
+    reason: BaseException,
+) -> None:
+    stream = io.StringIO()
+    with pytest.raises(type(reason)):
+        write_json(ScriptedAnswer(["a", reason]), SESSION, stream=stream)  # type: ignore[arg-type]
+    token, summary = map(json.loads, stream.getvalue().splitlines())
+    assert (token["type"], summary["type"], summary["text"]) == ("token", "summary", "a")
+
+
+def test_a_strict_answer_that_fails_ends_with_its_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = str(make_tiny_model(tmp_path / "tiny", context=200))
+    replies = iter([Reply.of(legacy("a"))])
+    with Loopback(honest(lambda request: next(replies, Reply(status=501)))) as server:
+        routed = ["--small", tiny, "--large", server.url, "--threshold", "-inf", "--strict"]
+        assert main(["ask", "--json", *routed, "--mode", "wait", "--prefetch", "0", "hi"]) == 3
+    token, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (token["text"], summary["type"], summary["tokens"]) == ("a", "summary", 1)
 
 
 def test_infinities_and_nan_become_strings_at_any_depth() -> None:
