@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxroute.cli.terminal import WARNING_STYLE, make_table, print_note
+from mlxroute.cli.terminal import WARNING_STYLE, make_table, print_note, print_table
 from mlxroute.view.figures import format_count
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def print_figures(outcome: TuningOutcome, out: Path, err: Console) -> None:
             f"{figures.accuracy:.0%}",
             kept,
         )
-    err.print(table)
+    print_table(err, table)
     if report["unjudged"]:
         print_note(
             err,

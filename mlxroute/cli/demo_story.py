@@ -15,7 +15,7 @@ from mlxroute.cli.demo_tables import (
 )
 from mlxroute.cli.exit_codes import EXIT_LARGE_FAILED, EXIT_OK
 from mlxroute.cli.failure_notes import FailureNotes
-from mlxroute.cli.terminal import print_labelled
+from mlxroute.cli.terminal import print_labelled, print_table
 from mlxroute.engine import generate
 from mlxroute.engine.escalation.failures import failure_kind
 from mlxroute.errors import LargeNotContinued
@@ -96,10 +96,11 @@ def tell_story(
     err.print(f"\n> {question.prompt}", style="bold")
     story = _answer_three_times(session, pair, question, stage)
     err.print()
-    err.print(table_of_answers((story.small, story.routed, story.large), width=err.width))
+    answers = (story.small, story.routed, story.large)
+    print_table(err, table_of_answers(answers, width=err.width))
     if rows := list_escalations(story.routed_tokens, session.small.vocabulary):
         err.print()
-        err.print(table_of_escalations(rows, width=err.width))
+        print_table(err, table_of_escalations(rows, width=err.width))
     paragraphs = [
         describe_outcome(
             story.small, story.routed, story.large, is_measured_pair=pair.name == question.pair

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from mlxroute.cli.terminal import make_table
+from mlxroute.cli.terminal import make_table, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,13 +19,13 @@ _IN_FORM_SHARE: Final = 0.9
 
 def print_quality(report: dict[str, Any], err: Console) -> None:
     """Print the report as tables, and warnings of answers that were cut off or in another form."""
-    err.print(_sides_table(report))
+    print_table(err, _sides_table(report))
     if line := _unchecked_line(report["sides"]):
         err.print(line, highlight=False, soft_wrap=True)
     if "oracles" in report:
-        err.print(_oracles_table(report["oracles"]))
+        print_table(err, _oracles_table(report["oracles"]))
     if report["comparisons"]:
-        err.print(_comparisons_table(report["comparisons"]))
+        print_table(err, _comparisons_table(report["comparisons"]))
     sides, count = report["sides"], report["questions"]
     cut_off = max(side["reached_limit"] for side in sides.values())
     strict = sides["large"]["strict"]

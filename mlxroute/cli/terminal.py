@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 WARNING_STYLE = "yellow"
 # On narrower terminals, tables have fewer columns.
 _NARROW_COLUMNS = 60
+# More than a row of any table has.
+_UNLIMITED = 100_000
 _NOTE_STYLE = "dim"
 _LABEL_INDENT = 5
 _FORCE_COLOURS = ("FORCE_COLOR", "CLICOLOR_FORCE")
@@ -69,14 +71,14 @@ def _is_usable(name: str, value: str) -> bool:
 def show_status(console: Console, text: str) -> Iterator[Status]:
     """Show what the block does while it runs, on a terminal only."""
     status = console.status(text)
-    with redraw(console, pause=status.stop, resume=status.start), status:
+    with redraw(console, pause=status.stop, resume=status.start):
         yield status
 
 
 def redraw(
     console: Console, *, pause: Callable[[], None], resume: Callable[[], None]
 ) -> AbstractContextManager[None]:
-    """Return `TERMINAL.redraw` for a display on the console, or nothing if that draws none."""
+    """Return a block that shows a display, as `TERMINAL.redraw`, or none on a plain console."""
     return TERMINAL.redraw(pause=pause, resume=resume) if console.is_interactive else nullcontext()
 
 
@@ -108,7 +110,7 @@ def print_labelled(console: Console, label: str, text: str) -> None:
 def make_table(
     *columns: str, title: str | None = None, fold: bool = False, wrap: bool = True
 ) -> Table:
-    """Return a table without borders.
+    """Return a table without borders, for `print_table`.
 
     Args:
         columns: Headings of the columns.
@@ -124,6 +126,14 @@ def make_table(
     return table
 
 
+def print_table(console: Console, table: Table) -> None:
+    """Print a table. In a file or pipe its rows stay whole, however long they are."""
+    if not console.is_terminal:
+        options = console.options.update(max_width=_UNLIMITED)
+        table.width = console.measure(table, options=options).maximum
+    console.print(table, crop=console.is_terminal)
+
+
 def make_fitting_table(
     columns: Sequence[str],
     rows: Sequence[Sequence[str | Text]],
@@ -131,7 +141,7 @@ def make_fitting_table(
     width: int,
     essential: Sequence[int],
 ) -> Table:
-    """Return a table that has only its essential columns where the terminal is narrow.
+    """Return a table, for `print_table`, with only the essential columns on a narrow terminal.
 
     Args:
         columns: Headings of the columns.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from mlxroute.catalog import Catalog
+from mlxroute.cli import main
+from mlxroute.cli.terminal import make_table, print_table
 from mlxroute.config import user_catalog_dir
 from tests.support.pseudo_terminal import PseudoTerminal
 
@@ -36,6 +40,28 @@ def test_no_line_is_longer_than_the_terminal(arguments: list[str]) -> None:
 def test_no_name_of_a_model_is_broken_on_a_narrow_terminal() -> None:
     words = set(output_of("models").split())
     assert {model.name for model in Catalog.load(user_catalog_dir()).models} <= words
+
+
+def test_a_row_of_a_table_is_one_line_in_a_file_or_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["models"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    catalog = Catalog.load(user_catalog_dir())
+    for model in catalog.models:
+        assert any(row[:1] == [model.name] and row[-1] in model.license for row in rows)
+    for pair in catalog.pairs:
+        assert any(row[:2] == [pair.small, pair.large] for row in rows)
+
+
+def test_no_cell_is_cut_off_in_a_file_or_pipe() -> None:
+    out = io.StringIO()
+    table = make_table("path", "kind", wrap=False)
+    table.add_row("folder " * 50, "x" * 200)
+    print_table(Console(file=out, width=20), table)
+    _, row = out.getvalue().splitlines()
+    assert row.split() == ["folder"] * 50 + ["x" * 200]
 
 
 def test_help_breaks_no_word_on_a_narrow_terminal() -> None:

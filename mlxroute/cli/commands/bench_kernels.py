@@ -39,7 +39,7 @@ def kernels(
 
 
 def _print_kernels(report: dict[str, Any], err: Console) -> None:
-    from mlxroute.cli.terminal import make_table
+    from mlxroute.cli.terminal import make_table, print_table
 
     table = make_table("vocabulary", "form", "ms", "speed-up", "error to float64", "same top 8")
     for entry in report["kernels"]:
@@ -53,5 +53,5 @@ def _print_kernels(report: dict[str, Any], err: Console) -> None:
                 f"{error['entropy_nats']:.1e} nats" if error else "",
                 ("yes" if error["same_top_ids"] else "NO") if error else "",
             )
-    err.print(table)
+    print_table(err, table)
     err.print(f"Metal: {report['metal']}", soft_wrap=True)

@@ -13,7 +13,7 @@ import typer
 
 from mlxroute.cli.flags import Plot, Save
 from mlxroute.cli.folders import model_file_name, record_path, report_source
-from mlxroute.cli.terminal import show_status
+from mlxroute.cli.terminal import print_table, show_status
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
 from mlxroute.types import Message
@@ -208,7 +208,8 @@ def _measure_large(
 
 def _print_latency(report: dict[str, Any], err: Console) -> None:
     for point in report["points"]:
-        err.print(_point_table(report, point, has_bars=err.width >= _WIDTH_WITH_BARS))
+        has_bars = err.width >= _WIDTH_WITH_BARS
+        print_table(err, _point_table(report, point, has_bars=has_bars))
         same = "the same text in every mode" if point["same_text"] else "DIFFERENT TEXTS"
         if differed := point["server_differed"]:
             same += (

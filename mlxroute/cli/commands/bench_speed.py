@@ -77,7 +77,7 @@ def _load_small(settings: Settings, progress: ByteProgress, folder: Path) -> Sma
 
 
 def _print_speed(report: dict[str, Any], err: Console) -> None:
-    from mlxroute.cli.terminal import make_table
+    from mlxroute.cli.terminal import make_table, print_table
 
     table = make_table("figure (median)", "mlxroute", "mlx_lm", "ratio", title=report["small"])
     ours, theirs = report["mlxroute"], report["mlx_lm"]
@@ -97,7 +97,7 @@ def _print_speed(report: dict[str, Any], err: Console) -> None:
             str(entry["mlx_lm_step_s"]["median"]),
             str(entry["ratio_tokens_per_s"]["median"]),
         )
-    err.print(table)
+    print_table(err, table)
     same = "the same tokens" if report["same_tokens"] else "DIFFERENT TOKENS"
     parts = f"kernel and router take {report['router_share_of_step']:.2%} of a step"
     if (share := report["head_share_of_step"]) is not None:

@@ -43,7 +43,7 @@ def calibrate(
 
     Also prints the threshold of each router for several escalation rates.
     """
-    from mlxroute.cli.terminal import make_consoles, print_note
+    from mlxroute.cli.terminal import make_consoles, print_note, print_table
     from mlxroute.questions.question_files import sample_files
 
     _, err = make_consoles()
@@ -52,7 +52,7 @@ def calibrate(
     worked = read_examples(examples, shots, sampled)
     warn_of_trained_questions(settings, sampled, err)
     ranks = _measure_ranks(settings, data, sampled, worked, err, max_tokens=tokens)
-    err.print(_threshold_table(ranks))
+    print_table(err, _threshold_table(ranks))
     sys.stdout.write(json.dumps(report_object(ranks)) + "\n")
     file = ranks.write(user_catalog_dir())
     print_note(

@@ -226,13 +226,13 @@ class _Chat:
     def _help(self, value: str) -> None:
         from prompt_toolkit.utils import is_dumb_terminal
 
-        from mlxroute.cli.terminal import make_table
+        from mlxroute.cli.terminal import make_table, print_table
 
         table = make_table("", "")
         table.show_header = False
         for name, command in _COMMANDS.items():
             table.add_row(f"{name} {command.takes}", command.help, style="dim")
-        self._err.print(table)
+        print_table(self._err, table)
         # There is no line editor there.
         if not is_dumb_terminal():
             self.print_line(_KEYS_HELP)

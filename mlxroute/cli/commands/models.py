@@ -17,21 +17,26 @@ if TYPE_CHECKING:
 def models(settings: Settings) -> int:
     """List the models and pairs of the catalogue."""
     from mlxroute.catalog import Catalog
-    from mlxroute.cli.terminal import make_consoles, make_fitting_table, print_labelled
+    from mlxroute.cli.terminal import (
+        make_consoles,
+        make_fitting_table,
+        print_labelled,
+        print_table,
+    )
 
     out, _ = make_consoles()
     catalog = Catalog.load(user_catalog_dir())
     folder = cache_dir_of(settings)
     columns = ("model", "parameters", "hub", "index", "cached", "licence")
     rows = list(_model_rows(catalog, folder))
-    out.print(make_fitting_table(columns, rows, width=out.width, essential=(0, 2, 4)))
+    print_table(out, make_fitting_table(columns, rows, width=out.width, essential=(0, 2, 4)))
     out.print()
     pair_columns = ("small", "large", "threshold", "calibration")
     pairs = [
         (pair.small, pair.large, f"{pair.threshold:g} nats", pair.calibration)
         for pair in catalog.pairs
     ]
-    out.print(make_fitting_table(pair_columns, pairs, width=out.width, essential=(0, 1)))
+    print_table(out, make_fitting_table(pair_columns, pairs, width=out.width, essential=(0, 1)))
     out.print()
     print_labelled(out, "cache: ", str(folder))
     return 0

@@ -63,7 +63,7 @@ def probe(
 
 
 def _print_verdict(out: Console, verdict: Verdict, *, name: str) -> None:
-    from mlxroute.cli.terminal import make_table
+    from mlxroute.cli.terminal import make_table, print_table
     from mlxroute.safe_text import printable
 
     length = verdict.context_length
@@ -81,12 +81,12 @@ def _print_verdict(out: Console, verdict: Verdict, *, name: str) -> None:
     table = make_table("capability", "", "observed", fold=True)
     for check in verdict.checks:
         table.add_row(check.name, _MARKS[check.passed], printable(check.detail))
-    out.print(table)
+    print_table(out, table)
     _print_rejected(out, verdict.rejected)
 
 
 def _print_rejected(out: Console, rejected: tuple[RejectedDialect, ...]) -> None:
-    from mlxroute.cli.terminal import make_table
+    from mlxroute.cli.terminal import make_table, print_table
     from mlxroute.safe_text import printable
 
     if not rejected:
@@ -95,4 +95,4 @@ def _print_rejected(out: Console, rejected: tuple[RejectedDialect, ...]) -> None
     table = make_table("refused", "why", fold=True)
     for dialect in rejected:
         table.add_row(dialect.dialect, printable(dialect.reason))
-    out.print(table)
+    print_table(out, table)

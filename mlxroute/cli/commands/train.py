@@ -283,7 +283,7 @@ def _budget(settings: Settings) -> float:
 
 
 def _print_routed(fitted: FittedHead, err: Console) -> None:
-    from mlxroute.cli.terminal import make_table
+    from mlxroute.cli.terminal import make_table, print_table
     from mlxroute.view.figures import format_count
 
     report = fitted.report
@@ -304,7 +304,7 @@ def _print_routed(fitted: FittedHead, err: Console) -> None:
     rows = {f"head, {shape}": row for shape, row in routed["candidates"].items()}
     for name, row in {**rows, "entropy": routed["entropy"]}.items():
         table.add_row(name, f"{row['accuracy']:.1%}", f"{row['large_tokens_per_question']:.2f}")
-    err.print(table)
+    print_table(err, table)
     err.print(
         f"the head is {report['shape']}; it alone is right on {routed['only_head']} questions,"
         f" entropy alone on {routed['only_entropy']} (p = {routed['p']:g})",
@@ -314,7 +314,7 @@ def _print_routed(fitted: FittedHead, err: Console) -> None:
 
 
 def _print_recall(fitted: FittedHead, err: Console) -> None:
-    from mlxroute.cli.terminal import make_table
+    from mlxroute.cli.terminal import make_table, print_table
 
     report = fitted.report
     err.print(
@@ -327,7 +327,7 @@ def _print_recall(fitted: FittedHead, err: Console) -> None:
     table = make_table("escalated", *_RECALL_COLUMNS)
     for rate, row in report["recall"].items():
         table.add_row(f"{float(rate):.0%}", *(f"{row[name]:.0%}" for name in _RECALL_COLUMNS))
-    err.print(table)
+    print_table(err, table)
 
 
 def _print_advice(
