@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlxroute.errors import UsageError
+from mlxroute.user_folders import expand_user
 
 
 @contextlib.contextmanager
@@ -80,6 +81,16 @@ def find_target(path: Path) -> Path:
     if obstacle := _find_obstacle(target, target.parent):
         raise UsageError(f"cannot save to {path}: {obstacle}")
     return target
+
+
+def is_same_file(path: Path, other: Path) -> bool:
+    """Return whether two paths that a user named are, or would be, one file."""
+    path, other = expand_user(path), expand_user(other)
+    try:
+        return path.samefile(other)
+    except OSError:
+        # One of them does not exist yet.
+        return os.path.realpath(path) == os.path.realpath(other)
 
 
 def check_creatable(path: Path, *, parameter: str | None = None) -> None:

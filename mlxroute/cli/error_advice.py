@@ -20,6 +20,7 @@ _NAMES_OF_SHOWN = {"base_url": "large"}
 _OTHER_FLAGS = {
     "html": "--html",
     "out": "--out",
+    "save": "--save",
     "svg": "--svg",
     "plot": "--plot",
     "question": "--question",

@@ -11,6 +11,7 @@ import typer
 from mlxroute.cli.setting_options import parse_budget, parse_number
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError, WeightsError
+from mlxroute.replace_file import is_same_file
 from mlxroute.safe_text import printable_line
 from mlxroute.types import Mode
 
@@ -50,6 +51,9 @@ def replay(
         raise UsageError("--budget and --threshold exclude each other")
     document = load_document(file)
     if save is not None:
+        if is_same_file(save, file):
+            # The replay may lack replies of the recording, and may be stopped early.
+            raise UsageError(f"{save} is the saved answer; choose another name", parameter="save")
         check_target(save)
     out, err = make_consoles()
     small = _load_small(document, settings, err)

@@ -11,7 +11,7 @@ import typer
 
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
-from mlxroute.replace_file import find_target, write_private
+from mlxroute.replace_file import find_target, is_same_file, write_private
 from mlxroute.untrusted_text import TextFile
 from mlxroute.user_folders import expand_user
 
@@ -36,11 +36,11 @@ def show(
 
     document = load_document(file)
     for path, parameter in ((html, "html"), (svg, "svg")):
-        if path is not None and _is_same_file(path, file):
+        if path is not None and is_same_file(path, file):
             raise UsageError(
                 f"{path} is the saved answer; choose another name", parameter=parameter
             )
-    if html is not None and svg is not None and _is_same_file(html, svg):
+    if html is not None and svg is not None and is_same_file(html, svg):
         raise UsageError(f"--html and --svg both name {html}; choose two names")
     out, err = make_consoles()
     files = []
@@ -82,12 +82,3 @@ def _find_target(path: Path, is_own: Callable[[str], bool], kind: str, parameter
                 f"{path} exists and is not {kind}; choose another name", parameter=parameter
             )
     return target
-
-
-def _is_same_file(path: Path, other: Path) -> bool:
-    path, other = expand_user(path), expand_user(other)
-    try:
-        return path.samefile(other)
-    except OSError:
-        # One of them does not exist yet.
-        return os.path.realpath(path) == os.path.realpath(other)
