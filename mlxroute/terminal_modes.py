@@ -68,11 +68,11 @@ class TerminalModes:
 
     @contextmanager
     def redraw(self, *, pause: Callable[[], None], resume: Callable[[], None]) -> Iterator[None]:
-        """Hide what is typed while a display redraws a part of the screen in the block.
+        """Show a display that redraws a part of the screen in the block, and hide what is typed.
 
         Args:
-            pause: Removes the display from the screen, before the process is stopped.
-            resume: Draws the display again, where the cursor is then.
+            pause: Removes the display from the screen, at the end and while the process is stopped.
+            resume: Draws the display, at the start and later again, where the cursor is then.
         """
         outer, self._display = self._display, (pause, resume)
         self._cursor_is_hidden = True
@@ -80,7 +80,15 @@ class TerminalModes:
             self._mark_pastes()
             # With stdout in a pipe, the keys may belong to the program that reads it.
             with self.hide_typing() if os.isatty(1) else contextlib.nullcontext():
-                yield
+                try:
+                    with self.undisturbed():
+                        resume()
+                    yield
+                finally:
+                    # A stop in between would draw the display again, for good.
+                    with self.undisturbed():
+                        pause()
+                        self._display = outer
         finally:
             self._display = outer
         self._cursor_is_hidden = outer is not None

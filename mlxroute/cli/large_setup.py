@@ -131,7 +131,7 @@ def first_reply_status(large: LargeModel, err: Console, title: str) -> Iterator[
     timer.daemon = True
     bars = Progress(*columns, console=err, transient=True, disable=not err.is_interactive)
     bars.add_task(title, total=None)
-    with redraw(err, pause=bars.stop, resume=bars.start), bars:
+    with redraw(err, pause=bars.stop, resume=bars.start):
         timer.start()
         try:
             yield

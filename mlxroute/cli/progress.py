@@ -75,7 +75,7 @@ def count_progress(console: Console) -> Iterator[OnProgress]:
         if not console.is_terminal and total:
             lines.update(label, done, total)
 
-    with redraw(console, pause=bars.stop, resume=bars.start), bars:
+    with redraw(console, pause=bars.stop, resume=bars.start):
         yield progress
 
 
@@ -108,7 +108,6 @@ class ByteProgress(Closeable):
         self._finished: set[str] = set()
         self._display = ExitStack()
         self._display.enter_context(redraw(console, pause=self._bars.stop, resume=self._bars.start))
-        self._display.enter_context(self._bars)
 
     def close(self) -> None:
         """Remove the bars."""

@@ -174,17 +174,12 @@ class LiveDisplay:
 
         thread = threading.Thread(target=redraw, daemon=True, name="mlxroute-view")
         with TERMINAL.redraw(pause=self._pause, resume=self._resume):
+            thread.start()
             try:
-                with TERMINAL.undisturbed(), self._lock:
-                    self._live.start(refresh=True)
-                thread.start()
-                try:
-                    yield
-                finally:
-                    is_over.set()
-                    thread.join()
+                yield
             finally:
-                self._live.stop()
+                is_over.set()
+                thread.join()
 
     def apply(self, event: Event, style: Callable[[Token], Style]) -> None:
         """Update the area by an event, and print the rows that are final now above it."""

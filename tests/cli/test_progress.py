@@ -1,13 +1,20 @@
-"""Progress of long runs where stderr is not a terminal."""
+"""Progress of long runs: on a terminal, and where stderr is not one."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import pytest
 from rich.console import Console
+from rich.live import Live
 
-from mlxroute.cli.progress import count_progress
+from mlxroute.cli.progress import ByteProgress, count_progress
+from mlxroute.cli.terminal import show_status
+from mlxroute.terminal_modes import TERMINAL
+from mlxroute.view import LiveView
+from tests.support.recording_terminal import Terminal
+from tests.support.scripted_answer import ScriptedAnswer
 
 
 @pytest.fixture
@@ -41,3 +48,45 @@ def test_the_time_of_an_earlier_stage_is_not_in_the_estimate(clock: list[float])
         clock[0] += 61.0
         progress("training steps", 10, 100)
     assert out.getvalue().splitlines() == ["training steps: 10 of 100, about 9 min left"]
+
+
+def _show_answer(console: Console) -> None:
+    LiveView(console, heat=False, threshold=1.0).show(ScriptedAnswer(["text"]))
+
+
+def _show_bars(console: Console) -> None:
+    with count_progress(console) as progress:
+        progress("questions", 1, 2)
+
+
+def _show_bytes(console: Console) -> None:
+    with ByteProgress(console) as progress:
+        progress.progress("model", 1, 2)
+
+
+def _show_status(console: Console) -> None:
+    with show_status(console, "measuring"):
+        pass
+
+
+@pytest.mark.parametrize("show", [_show_answer, _show_bars, _show_bytes, _show_status])
+def test_ctrl_z_while_a_display_is_removed_does_not_leave_another(
+    show: Callable[[Console], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stops: list[Live] = []
+    remove = Live.stop
+
+    def remove_and_stop(live: Live) -> None:
+        remove(live)
+        # As the signal's handler does; later ones come from removing the display for the stop.
+        if not stops:
+            stops.append(live)
+            TERMINAL.stop_process()
+
+    monkeypatch.setattr(Live, "stop", remove_and_stop)
+    monkeypatch.setattr("mlxroute.terminal_modes.os.kill", lambda *_: None)
+    terminal = Terminal(width=60)
+    show(terminal.console)
+    assert stops
+    assert terminal.cursor_is_shown
+    assert terminal.raw.count("\x1b[?25l") == 1
