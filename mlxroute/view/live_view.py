@@ -59,7 +59,9 @@ class LiveView:
         Final rows are printed once. After any exception, including Ctrl-C, all committed text is on
         the screen and the terminal is restored.
         """
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
+        is_capable = self._console.is_terminal and not self._console.is_dumb_terminal
+        # What another encoding than UTF-8 lacks is written as escapes, which are wider.
+        if is_capable and not self._console.options.ascii_only:
             self._show_live(answer)
         else:
             self._show_plain(answer)

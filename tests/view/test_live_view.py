@@ -362,6 +362,15 @@ def test_a_dumb_terminal_gets_plain_text(term: str) -> None:
     assert terminal.raw == "a line longer than the terminal large\n"
 
 
+def test_a_terminal_with_another_encoding_gets_plain_text() -> None:
+    terminal = Terminal(width=20)
+    data = io.BytesIO()
+    terminal.console.file = io.TextIOWrapper(data, "iso-8859-1", "backslashreplace")
+    show(terminal, ["It\u2019s \u201cone\u201d row"])
+    terminal.console.file.flush()
+    assert data.getvalue() == rb"It\u2019s \u201cone\u201d row" + b"\n"
+
+
 @given(st.text("ab\n", max_size=12), st.lists(st.integers(0, 12), max_size=6))
 def test_plain_output_ends_with_exactly_one_newline(text: str, places: list[int]) -> None:
     stream = io.StringIO()
