@@ -38,15 +38,23 @@ class RoutingRule:
         ranks: Calibrated scores, from which a new budget starts.
         has_large: Whether there is a large model.
         is_offline: Whether there can be none. False by default.
+        head: The file of a learned head that the settings named. None (default) for none.
     """
 
     def __init__(
-        self, router: Router, ranks: ScoreRanks, *, has_large: bool, is_offline: bool = False
+        self,
+        router: Router,
+        ranks: ScoreRanks,
+        *,
+        has_large: bool,
+        is_offline: bool = False,
+        head: str | None = None,
     ) -> None:
         self._router = router
         self._ranks = ranks
         self._has_large = has_large
         self._is_offline = is_offline
+        self._head = head
 
     @property
     def router(self) -> Router:
@@ -77,10 +85,19 @@ class RoutingRule:
         return state.rate if isinstance(state, Budget) and self._has_large else None
 
     def as_settings(self, settings: Settings) -> Settings:
-        """Return the settings with the present threshold or budget, and with this router's name."""
+        """Return the settings with the present threshold or budget, and with this router's name.
+
+        Of a router with a head that they no longer name, only a budget stays.
+        """
+        if self._lost_head(settings):
+            return replace(settings, budget=self.budget, threshold=None, router=None)
         if self.budget is not None:
             return replace(settings, budget=self.budget, threshold=None)
         return replace(settings, threshold=self.threshold, budget=None, router=self.name)
+
+    def loses_threshold(self, settings: Settings) -> bool:
+        """Return whether the threshold is one of a head that the settings no longer name."""
+        return self._has_large and self.budget is None and self._lost_head(settings)
 
     def new_router(self, *, budget: float | None = None, threshold: float | None = None) -> Router:
         """Return a router in its first state, by default with this rule's threshold or budget."""
@@ -136,6 +153,9 @@ class RoutingRule:
         if self.budget is None:
             return None
         return f"{100 * self.budget:g}% of the tokens and {BURST:g} more"
+
+    def _lost_head(self, settings: Settings) -> bool:
+        return self.name == HEAD_ROUTER and self._head not in (None, settings.head)
 
     def _check_large(self) -> None:
         if self._is_offline:
@@ -222,4 +242,5 @@ def make_routing(
         ranks,
         has_large=large is not None,
         is_offline=settings.offline,
+        head=settings.head,
     )

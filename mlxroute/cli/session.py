@@ -22,6 +22,7 @@ from mlxroute.cli.routing import (
 )
 from mlxroute.cli.server_offers import no_large_lines
 from mlxroute.cli.small_setup import default_small, load_small, small_name
+from mlxroute.cli.terminal import print_note
 from mlxroute.cli.vocabulary_note import pair_vocabularies
 from mlxroute.config import (
     SERVER_SETTINGS,
@@ -284,6 +285,8 @@ class Session:
             settings = self.routing.as_settings(settings)
         routing = make_routing(small, large, settings, pair)
         routing.go_on_from(self.routing, same_small=small is self.small)
+        if self.routing.loses_threshold(settings):
+            print_note(err, "the threshold was one of the head, which is no longer used")
         self.small, self.large, self.routing = small, large, routing
         self._settings = settings
         self._experience = Experience()

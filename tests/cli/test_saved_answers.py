@@ -196,6 +196,20 @@ def test_show_does_not_replace_the_answer(
     assert saved.read_bytes() == before
 
 
+def test_a_replay_does_not_replace_its_recording(
+    plain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = plain.read_bytes()
+    link = plain.with_name("link")
+    link.symlink_to(plain)
+    for target in (plain, link):
+        assert main(["replay", str(plain), "--save", str(target)]) == 2
+        assert f"{target} is the saved answer; choose another name (--save)" in (
+            capsys.readouterr().err
+        )
+    assert plain.read_bytes() == before
+
+
 def test_show_replaces_only_its_own_pages_and_pictures(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -482,6 +496,26 @@ def test_another_small_model_does_not_get_the_head_of_the_one_before(
         assert main(["chat", *routed]) == 0
     units = re.findall(r"threshold \S+ (nats|of head)", capsys.readouterr().err)
     assert units == ["of head", "nats"]
+
+
+def test_another_small_model_does_not_get_a_threshold_of_the_head_before(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_tiny_model(tmp_path / "other", seed=1)
+    size = json.loads((tiny / "config.json").read_text())["hidden_size"] + SIGNAL_COUNT
+    head = tmp_path / "head.safetensors"
+    mx.save_safetensors(str(head), {"0.weight": mx.zeros((1, size)), "0.bias": mx.zeros(1)})
+    with Loopback(honest(lambda request: Reply.of(legacy("a")))) as server:
+        # The address again, which keeps the head and its threshold.
+        lines = ["/threshold 0.5", f"/large {server.url}", "/threshold", f"/small {other}"]
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+        routed = ["--small", str(tiny), "--large", server.url, "--head", str(head)]
+        assert main(["chat", *routed]) == 0
+    err = capsys.readouterr().err
+    assert "threshold 0.5 of head" in err
+    note, described = err.splitlines()[-2:]
+    assert note == "the threshold was one of the head, which is no longer used"
+    assert described.endswith("for at most 7% of the tokens and 4 more, by entropy")
 
 
 @pytest.mark.parametrize("command", ["/large ftp://x", "/small no/such/model"])
