@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlxroute.bench.quality.sides import ORACLES
+from mlxroute.bench.quality.sides import LARGE, ORACLES, SMALL
 from mlxroute.errors import UsageError
 from mlxroute.replace_file import check_creatable
 
@@ -96,6 +96,9 @@ def draw_quality(report: Mapping[str, Any], path: Path) -> None:
             panel.plot(*zip(*points, strict=True), color="grey", marker=marker, label=label)
     for name, style in (("small", ":"), ("large", "--")):
         panel.axhline(merit(sides[name])[0], color="grey", linestyle=style, label=f"{name} alone")
+    for name, side in sides.items():
+        if side["router"] is None and name not in (SMALL.name, LARGE.name):
+            panel.axhline(merit(side)[0], color="grey", linestyle="-.", label=name)
     has_answers = sides["large"]["lenient"] is not None
     merit_name = "right answers" if has_answers else "F1 with the large model's answers"
     panel.set(xlabel="large tokens a question", ylabel=merit_name, xlim=(0, None), ylim=(0, 1))

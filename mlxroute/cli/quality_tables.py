@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from mlxroute.bench.quality.sides import LARGE, ORACLES, SMALL
 from mlxroute.cli.terminal import make_table, print_table
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _sides_table(report: Mapping[str, Any]) -> Table:
     for name, side in sides.items():
         table.add_row(
             name,
-            *(_marks(side, count) if has_answers else _agreement(side, count)),
+            *(_marks(name, side, count) if has_answers else _agreement(side, count)),
             *((_logprob(side["by_large"]),) if has_logprobs else ()),
             f"{side['large_tokens_per_question']:.2f}",
             f"{side['calls'] / count:.2f}",
@@ -95,8 +96,6 @@ def _unchecked_line(sides: Mapping[str, Any]) -> str:
 
 def _oracles_table(oracles: Mapping[str, Any]) -> Table:
     """Return the table of upper bounds."""
-    from mlxroute.bench.quality.sides import ORACLES
-
     table = make_table("upper bound", "budget", "right", "large tokens")
     for key, label in ORACLES.items():
         for point in oracles.get(key, ()):
@@ -109,13 +108,14 @@ def _oracles_table(oracles: Mapping[str, Any]) -> Table:
     return table
 
 
-def _marks(side: Mapping[str, Any], count: int) -> tuple[str, ...]:
+def _marks(name: str, side: Mapping[str, Any], count: int) -> tuple[str, ...]:
     strict, lenient = side["strict"], side["lenient"]
+    is_alone = name in (SMALL.name, LARGE.name)
     return (
         f"{100 * strict['accuracy']:.1f}",
         f"{100 * (1 - strict['no_answer'] / count):.0f}",
         _share(lenient["accuracy"], lenient["interval"]),
-        _share(lenient["gap_recovered"], lenient["gap_interval"]) if side["router"] else "",
+        "" if is_alone else _share(lenient["gap_recovered"], lenient["gap_interval"]),
     )
 
 

@@ -35,6 +35,7 @@ class SampleStart:
         limit: Maximum number of tokens of a continuation after that token.
         seed: What its random numbers depend on, with the number of the continuation.
         is_over: Tells from a continuation whether more tokens are of no use.
+        temperature: Divides the logprobs that tokens are drawn by.
     """
 
     layers: CacheLayers
@@ -43,6 +44,7 @@ class SampleStart:
     limit: int
     seed: str
     is_over: Callable[[Sequence[int]], bool]
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,8 @@ class _Sample:
 
     def draw(self, signals: Signals) -> int:
         """Return the next token; the model's own where its logits are broken."""
-        weights = [math.exp(logprob) for logprob in signals.top_logprobs]
+        temperature = self.start.temperature
+        weights = [math.exp(logprob / temperature) for logprob in signals.top_logprobs]
         if not 0 < sum(weights) < math.inf:
             return signals.token_id
         return self.random.choices(signals.top_ids, weights)[0]

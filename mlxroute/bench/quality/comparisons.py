@@ -61,7 +61,7 @@ def pair_with_best_baseline(
 
     The best one has the most right answers by lenient marks, or else agrees most with the large
     model; being chosen on these questions favours it. Entropy is a baseline for the other routers
-    and is compared with the other baselines.
+    and is compared with the other baselines. A majority of samples is one for each budget.
     """
 
     def merit(side: QualitySide) -> float:
@@ -77,7 +77,8 @@ def pair_with_best_baseline(
         baselines = [
             other
             for other in sides
-            if other.router in BASELINES and other.budget == side.budget and other != side
+            if other.samples
+            or (other.router in BASELINES and other.budget == side.budget and other != side)
         ]
         if baselines:
             pairs.append((side.name, max(baselines, key=merit).name))

@@ -20,6 +20,7 @@ from mlxroute.bench.quality.baselines import (
 from mlxroute.bench.quality.comparisons import compare_sides, pair_with_best_baseline
 from mlxroute.bench.quality.graded_answers import QualityResults, QualityRow
 from mlxroute.bench.quality.large_logprobs import SideScores, score_sides
+from mlxroute.bench.quality.majority import MajorityBench
 from mlxroute.bench.quality.side_figures import side_figures
 from mlxroute.bench.quality.sides import SMALL, QualitySide
 from mlxroute.catalog.score_ranks import ScoreRanks
@@ -95,7 +96,11 @@ def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
         results=results,
         accept_within=accept_within,
     )
-    rows = bench.answer_all(questions, sides, chats, progress)
+    rows = bench.answer_all(questions, [s for s in sides if not s.samples], chats, progress)
+    for side in sides:
+        if side.samples:
+            majority = MajorityBench(small, examples, side.samples, max_tokens, step_s, results)
+            rows[side.name] = majority.answer_all(questions, progress)
     has_answers = all(question.answer is not None for question in questions)
     pairs = compare or pair_with_best_baseline(sides, rows, has_answers=has_answers)
     by_side: SideScores = {}

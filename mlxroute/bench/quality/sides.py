@@ -17,11 +17,15 @@ ORACLES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class QualitySide:
-    """One model alone (no `router`), or both with a router and a budget."""
+    """One model alone (no `router`), or both with a router and a budget.
+
+    With `samples`, the small model alone writes so many answers, and the most frequent one counts.
+    """
 
     name: str
     router: str | None = None
     budget: float = 0.0
+    samples: int = 0
 
     @property
     def is_large(self) -> bool:
@@ -33,12 +37,18 @@ SMALL: Final = QualitySide("small")
 LARGE: Final = QualitySide("large")
 
 
-def make_sides(routers: Iterable[str], budgets: Iterable[float]) -> list[QualitySide]:
-    """Return both models alone, and each router with each budget (once for each name)."""
+def make_sides(
+    routers: Iterable[str], budgets: Iterable[float], *, majority: int = 0
+) -> list[QualitySide]:
+    """Return both models alone, and each router with each budget (once for each name).
+
+    `majority` adds the majority of that many answers of the small model, unless it is 0.
+    """
     names = {f"{100 * budget:g}%": budget for budget in budgets}
     routed = [
         QualitySide(f"{router} {name}", router, budget)
         for router in routers
         for name, budget in names.items()
     ]
-    return [SMALL, LARGE, *routed]
+    voting = [QualitySide(f"majority of {majority}", samples=majority)] if majority else []
+    return [SMALL, LARGE, *voting, *routed]

@@ -82,6 +82,14 @@ def quality(
             metavar="A,B",
         ),
     ] = None,
+    majority: Annotated[
+        int | None,
+        typer.Option(
+            help="Also measure the majority of N sampled answers of the small model.",
+            metavar="N",
+            min=2,
+        ),
+    ] = None,
     questions: Annotated[
         int, typer.Option(help="Maximum number of questions, sampled at random.", min=1)
     ] = 300,
@@ -117,8 +125,10 @@ def quality(
     routers = [name.value for name in dict.fromkeys(router or (*_DEFAULT_ROUTERS, *head))]
     if BenchRouterName.HEAD in routers or settings.head is not None:
         head_file(small_name(settings), settings.head)
-    sides = make_sides(routers, budget or BUDGETS)
+    sides = make_sides(routers, budget or BUDGETS, majority=majority or 0)
     sampled = _read_questions(file, questions, needs_answers=oracles)
+    if majority is not None:
+        check_votable(sampled)
     run = _QualityRun(
         questions=sampled,
         examples=read_examples(examples, shots, sampled),
@@ -284,6 +294,17 @@ def check_measurable(head: MlpHead | None, questions: list[Question]) -> None:
         raise UsageError(
             f"the head was fitted to {count} of these {len(questions)} questions, so their"
             " accuracy would be too high; use other questions"
+        )
+
+
+def check_votable(questions: list[Question]) -> None:
+    """Raise UsageError unless the answers of all questions can be counted for a majority."""
+    from mlxroute.bench.quality.majority import can_vote
+
+    if odd := next((question for question in questions if not can_vote(question)), None):
+        raise UsageError(
+            f"{odd.name} has no choices and no number as its answer, so there is no majority",
+            parameter="majority",
         )
 
 

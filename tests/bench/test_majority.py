@@ -1,0 +1,123 @@
+"""The majority of sampled answers."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mlxroute.backend.load import load
+from mlxroute.bench.quality import majority
+from mlxroute.bench.quality.graded_answers import QualityResults
+from mlxroute.bench.quality.majority import MajorityBench
+from mlxroute.bench.quality.question_runs import bench_quality
+from mlxroute.bench.quality.sides import make_sides
+from mlxroute.catalog.score_ranks import ScoreRanks
+from mlxroute.cli.quality_tables import print_quality
+from mlxroute.questions.question_files import AnswerKind, Question
+from mlxroute.recorded.recording_large import RecordingLarge
+from mlxroute.small import SmallModel
+from mlxroute.types import no_progress
+from tests.support.scripted_models import ScriptedLarge
+from tests.support.tiny import make_tiny_model
+
+_RANKS = ScoreRanks("tiny", "none", 0, {"entropy": (0.0, 6.0)})
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
+    model, tokenizer = load(make_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny"))
+    return SmallModel(model, tokenizer, name="tiny")
+
+
+def number(answer: str, name: str = "1") -> Question:
+    return Question(name, f"say {name}", AnswerKind.NUMBER, answer)
+
+
+@pytest.mark.parametrize(
+    ("texts", "chosen", "lenient"),
+    [
+        (("3", "so it is 4", "4"), "so it is 4", True),
+        # Texts without an answer do not vote; of equal counts, the first answer counts.
+        (("none", "none", "3", "4"), "3", False),
+        (("none", "no"), "none", None),
+    ],
+)
+def test_the_most_frequent_answer_counts(
+    texts: tuple[str, ...],
+    chosen: str,
+    lenient: bool | None,
+    small: SmallModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = [small.vocabulary.encode(text) for text in texts]
+    monkeypatch.setattr(majority, "sample_continuations", lambda *args, **options: [written])
+    bench = MajorityBench(small, [], len(texts), 8, 0.5, QualityResults(tmp_path / "r"))
+    (row,) = bench.answer_all([number("4")], no_progress)
+    assert (row.text, row.lenient) == (chosen, lenient)
+    assert row.tokens == sum(map(len, written))
+    assert row.seconds == pytest.approx(0.5 * row.tokens)
+    assert (row.calls, row.escalated, row.scores) == (0, 0, ())
+
+
+def test_a_majority_is_a_side_without_calls_and_a_baseline_of_every_budget(
+    small: SmallModel, tmp_path: Path
+) -> None:
+    questions = [number("4", str(i)) for i in range(3)]
+
+    def run() -> tuple[dict[str, Any], ScriptedLarge]:
+        large = ScriptedLarge([(70,)])
+        with RecordingLarge(large, tmp_path / "replies") as recorded:
+            report = bench_quality(
+                small,
+                recorded,
+                questions,
+                sides=make_sides(["entropy"], [0.1, 0.3], majority=3),
+                examples=[],
+                ranks=_RANKS,
+                max_tokens=12,
+                step_s=0.01,
+                results=QualityResults(tmp_path / "r"),
+            )
+        return report, large
+
+    report, _ = run()
+    side = report["sides"]["majority of 3"]
+    assert (side["router"], side["calls"], side["large_tokens_per_question"]) == (None, 0, 0)
+    assert 0 < side["tokens"] <= 3 * 3 * 12
+    assert [(pair["first"], pair["second"]) for pair in report["comparisons"]] == [
+        ("entropy 10%", "majority of 3"),
+        ("entropy 30%", "majority of 3"),
+    ]
+    table = io.StringIO()
+    print_quality(report, Console(file=table, width=200))
+    # Lenient marks and the share of the gap come before large tokens, calls and sent tokens.
+    line = next(line for line in table.getvalue().splitlines() if "majority of 3" in line)
+    assert line.split()[-4:-1] == ["0.00", "0.00", "0"]
+    again, large = run()
+    assert again["sides"] == report["sides"]
+    assert large.contexts == []
+
+
+def test_samples_of_one_question_differ_and_do_not_depend_on_the_other_questions(
+    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[list[list[int]]] = []
+    sample = majority.sample_continuations
+
+    def keep(*args: Any, **options: Any) -> list[list[list[int]]]:
+        groups = sample(*args, **options)
+        written.extend(groups)
+        return groups
+
+    monkeypatch.setattr(majority, "sample_continuations", keep)
+    bench = MajorityBench(small, [], 4, 8, 0.5, QualityResults(tmp_path / "a"))
+    bench.answer_all([number("4", "1"), number("4", "2")], no_progress)
+    alone = MajorityBench(small, [], 4, 8, 0.5, QualityResults(tmp_path / "b"))
+    alone.answer_all([number("4", "2")], no_progress)
+    assert len(set(map(tuple, written[0]))) > 1
+    assert written[1] == written[2]
