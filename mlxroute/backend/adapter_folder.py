@@ -52,9 +52,12 @@ def adapted_name(name: str, adapter: Path | None) -> str:
 def read_adapter_config(adapter: Path) -> dict[str, Any]:
     """Return what the configuration of a LoRA adapter says of its weights.
 
-    Raises UsageError for an adapter of another kind.
+    Raises UsageError for an adapter of another kind, or whose configuration cannot be read.
     """
-    config = read_json_object(adapter / CONFIG_FILE)
+    try:
+        config = read_json_object(adapter / CONFIG_FILE)
+    except WeightsError as exc:
+        raise UsageError(str(exc), parameter="adapter") from exc
     if config.get("fine_tune_type", "lora") != "lora":
         raise UsageError(
             f"the adapter {adapter} has no LoRA weights to train further", parameter="adapter"
@@ -85,9 +88,6 @@ def read_trained_questions(adapter: Path) -> frozenset[str]:
 
 
 def holds_no_adapter(folder: Path) -> bool:
-    """Return whether a folder has no files, or only what a killed `adapt` wrote of its first ones.
-
-    Weights with a configuration are an adapter, perhaps of another program.
-    """
+    """Return whether a folder has no files, or only what `adapt` wrote before its first weights."""
     names = {file.name for file in folder.iterdir() if not _TEMPORARY.fullmatch(file.name)}
-    return names < {WEIGHTS_FILE, CONFIG_FILE}
+    return names <= {CONFIG_FILE}

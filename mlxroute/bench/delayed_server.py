@@ -71,6 +71,7 @@ class DelayedServer(LoopbackProxy):
         upstream: Address of the real server.
         record: File of recorded replies; new ones are appended.
         api_key: The key of the real server. None (default) for none.
+        ca_bundle: File of certificate authorities to trust. None (default) for the public ones.
 
     Attributes:
         delay_s: Mean seconds until the first token. 0 at first.
@@ -78,8 +79,15 @@ class DelayedServer(LoopbackProxy):
         forwarded: Number of requests that were sent to the real server.
     """
 
-    def __init__(self, upstream: str, *, record: Path, api_key: str | None = None) -> None:
-        super().__init__(upstream, api_key=api_key)
+    def __init__(
+        self,
+        upstream: str,
+        *,
+        record: Path,
+        api_key: str | None = None,
+        ca_bundle: Path | None = None,
+    ) -> None:
+        super().__init__(upstream, api_key=api_key, ca_bundle=ca_bundle)
         parts = urlsplit(self.upstream_url)
         self._upstream_root = f"{parts.scheme}://{parts.netloc}"
         self._path = parts.path

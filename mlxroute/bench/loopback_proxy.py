@@ -6,11 +6,12 @@ import threading
 import time
 from abc import abstractmethod
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Final, Self
 
 from mlxroute.closeable import Closeable
 from mlxroute.large.http.address import parse_address
-from mlxroute.large.http.connections import Auth, HttpSessionPool
+from mlxroute.large.http.connections import Auth, HttpSessionPool, check_ca_bundle
 
 _TIMEOUT_S: Final = 1800.0
 
@@ -22,17 +23,26 @@ class LoopbackProxy(Closeable):
         upstream: Address of the real server.
         port: The port to listen on. 0 (default) for a free one.
         api_key: The key of the real server. None (default) for none.
+        ca_bundle: File of certificate authorities to trust. None (default) for the public ones.
 
     Attributes:
         upstream_url: The normalised address of the real server.
         event_gap_s: Seconds between the events of a streamed reply. 0 at first.
     """
 
-    def __init__(self, upstream: str, *, port: int = 0, api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        upstream: str,
+        *,
+        port: int = 0,
+        api_key: str | None = None,
+        ca_bundle: Path | None = None,
+    ) -> None:
         address = parse_address(upstream)
         self.upstream_url = address.url
         self.event_gap_s = 0.0
         self._sessions = HttpSessionPool(address, Auth(address, api_key))
+        self._verify = True if ca_bundle is None else check_ca_bundle(ca_bundle)
         self._server = _Server(("127.0.0.1", port), self)
 
     @property
@@ -69,6 +79,7 @@ class LoopbackProxy(Closeable):
                 headers={"Content-Type": "application/json"},
                 timeout=_TIMEOUT_S,
                 allow_redirects=False,
+                verify=self._verify,
             )
         finally:
             self._sessions.release(session)

@@ -41,10 +41,11 @@ def output_folder(path: Path) -> Path:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Make a folder if there is none, and keep other runs out of it.
+    """Make a folder if there is none, and keep other runs out of it; if it stays empty, remove it.
 
     Raises UsageError if another run has it. On a file system without locks, no run is kept out.
     """
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -60,6 +61,9 @@ def locked_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         os.close(handle)
 
 

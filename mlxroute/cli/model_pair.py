@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlxroute.cli.folders import record_path
+from mlxroute.cli.folders import cache_dir_of, record_path
 from mlxroute.config import read_never_send
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from rich.console import Console
 
@@ -57,18 +56,17 @@ def open_recording(
 
 
 def note_recorded(
-    recording: RecordingLarge,
+    settings: Settings,
     small: SmallModel,
+    recording: RecordingLarge,
     conversations: Sequence[Sequence[Message]],
     err: Console,
     *,
     max_tokens: int,
-    labels: Path | None = None,
 ) -> None:
     """Print a note if answers to conversations, or their first tokens, were recorded before.
 
-    A large model that changed under the same name is not noticed otherwise. `labels` is the folder
-    of the labels that were made from the answers; None (default) if none are used.
+    A large model that changed under the same name is not noticed otherwise.
     """
     from mlxroute.cli.terminal import print_note
 
@@ -78,9 +76,12 @@ def note_recorded(
         for item in conversations
     )
     if count:
-        files = str(recording.replies.path) + (f" and the folder {labels}" if labels else "")
+        labels = cache_dir_of(settings) / "labels"
+        others = (
+            f", and the folder {labels} with the labels of all pairs" if labels.exists() else ""
+        )
         print_note(
             err,
-            f"{count} of {len(conversations)} answers were recorded before, in {files}; delete"
-            f" {'both' if labels else 'it'} if the large model changed under the same name",
+            f"{count} of {len(conversations)} answers were recorded before. If the large model"
+            f" changed under the same name, delete {recording.replies.path}{others}",
         )

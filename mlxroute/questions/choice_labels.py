@@ -80,8 +80,15 @@ def find_label(question: Question, text: str) -> str | None:
 
 
 def find_letter(text: str) -> str | None:
-    """Return the letter that a text gives as its answer, as `find_label`; None if it gives none."""
-    return find_label(_ANY_LETTER, text)
+    """Return the letter that a text concludes with, in upper case; None if it gives none."""
+    stated = (_label_at(_ANY_LETTER, text, match.end()) for match in _CONCLUSION.finditer(text))
+    return (
+        next(filter(None, stated), None)
+        or _correct_label(_ANY_LETTER, text)
+        or _accepted_label(_ANY_LETTER, _LABEL_AT_START.finditer(text))
+        # A letter in brackets may be part of a formula, so it counts last.
+        or _accepted_label(_ANY_LETTER, _LABEL_IN_BRACKETS.finditer(text))
+    )
 
 
 def _label_in_brackets(question: Question, text: str) -> str | None:

@@ -349,20 +349,25 @@ class _Training:
         """Write the folder of the adapter, whose weights have these figures."""
         is_first = self._state.best is None
         try:
+            # First, because a folder with a configuration alone counts as new after a kill.
+            self._write_config()
             self._tuning.write_weights(self._folder / WEIGHTS_FILE)
             # Not before: after an interrupt the report is of the weights that are there.
             self._state.best = figures
             self._write_report()
-        except OSError:
-            if is_first:
+        except BaseException as exc:
+            if is_first and (self._state.best is None or isinstance(exc, OSError)):
                 # Without a provenance the same command could not begin again in this folder.
                 for name in (WEIGHTS_FILE, CONFIG_FILE):
                     (self._folder / name).unlink(missing_ok=True)
             raise
 
-    def _write_report(self) -> None:
-        """Write what belongs to the weights: their shape and their provenance."""
+    def _write_config(self) -> None:
+        """Write the shape of the weights."""
         replace_file(self._folder / CONFIG_FILE, json.dumps(self._config, indent=1).encode())
+
+    def _write_report(self) -> None:
+        """Write the provenance of the weights."""
         text = json.dumps(self._report(), indent=1)
         replace_file(self._folder / PROVENANCE_FILE, text.encode())
 

@@ -13,6 +13,7 @@ import requests
 from mlxroute.bench.delayed_server import DELAYS, DelayedServer, lossy
 from mlxroute.bench.plot import draw_latency
 from mlxroute.cli.app import main
+from tests.support.certificates import Authority
 from tests.support.loopback import Loopback, Reply, Request
 
 
@@ -36,6 +37,15 @@ def test_recorded_replies_outlive_the_server(tmp_path: Path) -> None:
     with DelayedServer(url, record=record) as server:
         assert post(server, "a").json() == first
         assert server.forwarded == 0
+
+
+def test_a_private_authority_is_trusted_if_named(tmp_path: Path) -> None:
+    authority, record = Authority(tmp_path), tmp_path / "record.jsonl"
+    with (
+        Loopback(echo, tls=authority.server()) as upstream,
+        DelayedServer(upstream.url, record=record, ca_bundle=authority.bundle) as server,
+    ):
+        assert post(server, "a").json()["said"] == "a"
 
 
 def test_a_call_takes_the_set_time(tmp_path: Path) -> None:

@@ -207,9 +207,13 @@ def test_an_adapter_that_cannot_be_trained_further_is_reported_before_its_answer
     data.write_text("".join(f'{{"prompt": "Why {number}?"}}\n' for number in range(10)))
     with Loopback(lambda request: Reply()) as server:
         arguments = ["adapt", "--data", str(data), "--out", str(tmp_path / "out")]
-        assert main([*arguments, "--large", server.url, "--adapter", str(adapter)]) == 2
+        arguments += ["--large", server.url, "--adapter"]
+        assert main([*arguments, str(adapter)]) == 2
+        assert "has no LoRA weights to train further" in " ".join(capsys.readouterr().err.split())
+        assert main([*arguments, "/nowhere"]) == 2
+        assert "the adapter /nowhere has no readable" in " ".join(capsys.readouterr().err.split())
         assert server.requests == []
-    assert "has no LoRA weights to train further" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,9 @@ def test_punctuation_separates_words_unless_it_is_part_of_one(
         ("(A)", "It is large. Therefore, the answer is whale (A).", True),
         ("B.", "**B**", True),
         ("C", "The correct option is C.", True),
+        ("B", "The answer is B, since f(x) = 0 there.", True),
+        ("B", "Remove the item(s) first. The correct option is B.", True),
+        ("B", "I would say (B).", True),
     ],
 )
 def test_an_answer_of_one_letter_is_what_the_text_gives_as_its_answer(

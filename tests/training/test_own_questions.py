@@ -145,7 +145,8 @@ def test_a_small_model_is_adapted_to_a_users_questions(
     code, resumed, messages = run(*adapt, "--data", str(data), "--out", str(out))
     assert code == 0, messages
     assert "resuming round 0 at epoch " in messages
-    assert f"10 of 10 answers were recorded before, in {record}; delete it if the" in messages
+    assert "10 of 10 answers were recorded before. If the large model" in messages
+    assert f"changed under the same name, delete {record}\n" in messages
     assert resumed["figures"][0] == report["figures"][0]
     assert record.read_bytes() == rows
     report = resumed
@@ -265,9 +266,8 @@ def test_a_head_is_fitted_to_advantages_and_the_run_repeats(
     assert len(files) == 12
     again, messages = run("--out", str(head))
     assert again == report
-    recorded = f"and the folder {tmp_path / 'labels'}; delete both if the large model changed"
-    assert "15 of 15 answers were recorded before, in " in messages
-    assert recorded in messages
+    assert "15 of 15 answers were recorded before." in messages
+    assert f", and the folder {tmp_path / 'labels'} with the labels of all pairs" in messages
     assert sorted((tmp_path / "labels").iterdir()) == files
 
     # Answers that a head writes are others.
@@ -294,9 +294,10 @@ def test_an_interrupt_before_the_first_adapter_says_that_none_was_written(
     [
         ([], True),
         # What a killed run left.
-        (["adapters.safetensors"], True),
+        (["adapter_config.json"], True),
         (["adapter_config.json", ".adapters.12-0a1b2c3d.safetensors"], True),
-        # Perhaps an adapter of another program.
+        # Perhaps the adapter of another program.
+        (["adapters.safetensors"], False),
         (["adapters.safetensors", "adapter_config.json"], False),
         (["adapters.safetensors", "notes.txt"], False),
     ],

@@ -160,9 +160,10 @@ def _check_options(settings: Settings, rank: int | None, learning_rate: float) -
         return
     if rank is not None:
         raise UsageError("--rank cannot be given with an adapter to start from: its rank stays")
-    from mlxroute.backend.adapter_folder import read_adapter_config
+    from mlxroute.backend.adapter_folder import adapted_name, read_adapter_config
 
-    # Raises for one that cannot be trained further, before its answers are asked for.
+    # Both raise for one that cannot be trained further, before its answers are asked for.
+    adapted_name("", expand_user(settings.adapter))
     read_adapter_config(expand_user(settings.adapter))
 
 
@@ -283,7 +284,7 @@ class _AdaptRun:
             open_recording(settings, small, large, at_once=self.at_once) as recording,
             count_progress(err) as counts,
         ):
-            answers = self._record(small, recording, counts, err)
+            answers = self._record(settings, small, recording, counts, err)
             self._warn_of_cut_off(small, answers, err)
             # Those of the adapter to start from, not of an interrupted run.
             known = trained_questions(settings)
@@ -301,7 +302,12 @@ class _AdaptRun:
             )
 
     def _record(
-        self, small: SmallModel, recording: RecordingLarge, progress: Progress, err: Console
+        self,
+        settings: Settings,
+        small: SmallModel,
+        recording: RecordingLarge,
+        progress: Progress,
+        err: Console,
     ) -> list[WorkedAnswer]:
         """Return the large model's answers to the questions, recorded before or now."""
         from mlxroute.questions.question_files import question_messages
@@ -309,7 +315,7 @@ class _AdaptRun:
         from mlxroute.training.tuning_types import WorkedAnswer
 
         conversations = [question_messages(item, self.examples) for item in self.questions]
-        note_recorded(recording, small, conversations, err, max_tokens=self.tokens)
+        note_recorded(settings, small, recording, conversations, err, max_tokens=self.tokens)
         done = itertools.count()
         progress(_RECORDING, next(done), len(conversations))
         answers = write_large_answers(

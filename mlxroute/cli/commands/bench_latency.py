@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlxroute.cli.flags import Plot, Save
-from mlxroute.cli.folders import model_file_name, record_path, report_source
+from mlxroute.cli.folders import expand_optional, model_file_name, record_path, report_source
 from mlxroute.cli.terminal import print_table, show_status
 from mlxroute.config import Settings
 from mlxroute.errors import UsageError
@@ -163,7 +163,12 @@ def _measure(
     settings = replace(settings, timeout=_CALL_TIMEOUT_S)
     key = find_key(settings, address)
     with (
-        DelayedServer(address, record=record, api_key=key.reveal() if key else None) as server,
+        DelayedServer(
+            address,
+            record=record,
+            api_key=key.reveal() if key else None,
+            ca_bundle=expand_optional(settings.ca_bundle),
+        ) as server,
         make_large(settings, server.url, Ledger(), err) as large,
         count_progress(err) as progress,
     ):

@@ -223,12 +223,12 @@ def _note_recorded(
     from mlxroute.questions.question_files import question_messages
 
     note_recorded(
-        recording,
+        settings,
         small,
+        recording,
         [question_messages(item, material.examples) for item in material.questions],
         err,
         max_tokens=material.tokens,
-        labels=cache_dir_of(settings) / "labels",
     )
 
 
