@@ -51,9 +51,9 @@ def find_large_choices(
     Where the large model's token is spelled as several of the small one, this is the first that
     differs; where the large model ends, it is the small model's own end token. A call ends at a
     disagreement or after 17 tokens, so an answer takes at most one call for each disagreement, one
-    for every 17 tokens, and one more; without prefetch, one for every token. An answer that the server cannot continue at some position
-    has no choices from there on. `at_once` and `on_answer` as in `write_large_answers`. Raises
-    LargeError if the large model fails otherwise.
+    for every 17 tokens, and one more; without prefetch, one for every token. An answer that the
+    server cannot continue at some position has no choices from there on. `at_once` and `on_answer`
+    as in `write_large_answers`. Raises LargeError if the large model fails otherwise.
     """
 
     def choose(answer: WrittenAnswer) -> list[int]:
