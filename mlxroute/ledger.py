@@ -55,21 +55,24 @@ class Secrets:
             text = text.replace(secret, _REDACTED)
         return text
 
-    def redact_json(self, value: Any) -> Any:
+    def redact_json(self, value: Any, *, may_be_cut: bool = False) -> Any:
         """Return a JSON value with `[key]` in place of every secret; keys of objects stay.
 
-        A secret may be spread over the texts of a list, and cut off where a text ends, unless it
-        has less than 16 characters. Those of less than 8 stay: they may be words of a conversation.
+        A secret may be spread over the texts of a list. With `may_be_cut` the first half or more of
+        one, where a text ends, is replaced too, unless the secret has less than 16 characters.
+        Secrets of less than 8 stay: they may be words of a conversation.
         """
         # Replace in the parsed value: in JSON text, escapes could hide a secret.
         if isinstance(value, str):
-            return self._redact_pieces([value])[0]
+            return self._redact_pieces([value], may_be_cut)[0]
         if isinstance(value, dict):
-            return {key: self.redact_json(item) for key, item in value.items()}
+            return {
+                key: self.redact_json(item, may_be_cut=may_be_cut) for key, item in value.items()
+            }
         if isinstance(value, list):
             is_text = all(isinstance(item, str) for item in value)
-            items = self._redact_pieces(value) if is_text else value
-            return [self.redact_json(item) for item in items]
+            items = self._redact_pieces(value, may_be_cut) if is_text else value
+            return [self.redact_json(item, may_be_cut=may_be_cut) for item in items]
         return value
 
     def appear_in(self, text: str) -> bool:
@@ -78,15 +81,15 @@ class Secrets:
         Secrets of less than 16 characters are not looked for.
         """
         return any(
-            secret in text or _cut_length(secret, text)
+            secret in text or _cut_length(secret, text, least=_RECOGNISED)
             for secret in self._texts
             if len(secret) >= _MIN_REFUSED
         )
 
-    def _redact_pieces(self, pieces: list[str]) -> list[str]:
+    def _redact_pieces(self, pieces: list[str], may_be_cut: bool) -> list[str]:
         """Return the pieces of a text, each secret replaced in the piece where it begins."""
         text = "".join(pieces)
-        places = self._find(text)
+        places = self._find(text, may_be_cut)
         if not places:
             return pieces
         shown = list(text)
@@ -95,17 +98,16 @@ class Secrets:
         edges = accumulate(map(len, pieces), initial=0)
         return ["".join(shown[start:end]) for start, end in pairwise(edges)]
 
-    def _find(self, text: str) -> list[tuple[int, int]]:
-        """Return the places in a text, in order, of secrets and of the beginning of one at its end.
-
-        Those that overlap are one place.
-        """
+    def _find(self, text: str, may_be_cut: bool) -> list[tuple[int, int]]:
+        """Return the places of secrets in a text, in order; those that overlap are one place."""
         matches: list[tuple[int, int]] = []
         for secret in self._texts:
             if is_secret(secret) and secret[:_RECOGNISED] in text:
                 matches += [match.span() for match in re.finditer(re.escape(secret), text)]
-                cut = _cut_length(secret, text) if len(secret) >= _MIN_REFUSED else 0
-                matches += [(len(text) - cut, len(text))] if cut else []
+                if may_be_cut and len(secret) >= _MIN_REFUSED:
+                    # Less than half may be a word, as of a password of several words.
+                    cut = _cut_length(secret, text, least=(len(secret) + 1) // 2)
+                    matches += [(len(text) - cut, len(text))] if cut else []
         places: list[tuple[int, int]] = []
         for start, end in sorted(matches):
             if places and start < places[-1][1]:
@@ -115,9 +117,9 @@ class Secrets:
         return places
 
 
-def _cut_length(secret: str, text: str) -> int:
-    """Return how many characters of a secret a text ends in; 0 if too few to recognise it."""
-    ends = range(len(secret) - 1, _RECOGNISED - 1, -1)
+def _cut_length(secret: str, text: str, *, least: int) -> int:
+    """Return how many of a secret's first characters a text ends in; 0 for less than `least`."""
+    ends = range(len(secret) - 1, least - 1, -1)
     return next((end for end in ends if text.endswith(secret[:end])), 0)
 
 
@@ -221,7 +223,8 @@ class Ledger(Closeable):
             "time": self._now().isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "url": url,
             "bytes": len(body),
-            "body": self.secrets.redact_json(value),
+            # A prompt ends with the answer so far, which may have begun to spell a secret.
+            "body": self.secrets.redact_json(value, may_be_cut=True),
         }
         return json.dumps(entry, ensure_ascii=False).encode(errors="replace") + b"\n"
 

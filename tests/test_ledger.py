@@ -148,13 +148,29 @@ def test_a_short_password_is_kept_out_of_messages_and_changes_no_conversation() 
 def test_a_key_that_is_cut_off_or_spread_over_texts_is_redacted() -> None:
     secrets = Secrets()
     secrets.add("sk-proj-abcdefghijk", "proj-abcdefgh", "password1")
-    assert secrets.redact_json({"prompt": "Bearer sk-proj-abc"}) == {"prompt": "Bearer [key]"}
-    assert secrets.redact_json(["ends in sk-proj-", "more"]) == ["ends in [key]", "more"]
-    assert secrets.redact_json("sk-proj") == "sk-proj"
+    body = {"prompt": "Bearer sk-proj-abc", "texts": ["ends in sk-proj-ab", "more"]}
+    redacted = {"prompt": "Bearer [key]", "texts": ["ends in [key]", "more"]}
+    assert secrets.redact_json(body, may_be_cut=True) == redacted
     # Short ones may be the beginning of a word.
-    assert secrets.redact_json("a password") == "a password"
+    assert secrets.redact_json("a password", may_be_cut=True) == "a password"
     pieces = ["a sk-", "proj-abcde", "fghijk, a pass", "word1"]
     assert secrets.redact_json(pieces) == ["a [key]", "", ", a [key]", ""]
+
+
+def test_words_with_which_a_key_begins_stay(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "sent") as ledger:
+        ledger.secrets.add("password-for-my-box")
+        prompts = ["its name is password", "its value is password-for-my-b"]
+        for prompt in prompts:
+            ledger.record_request(URL, json.dumps({"prompt": prompt}).encode())
+        redact = ledger.secrets.redact_json
+    sent = [line["body"]["prompt"] for line in lines(tmp_path / "sent")]
+    assert sent == ["its name is password", "its value is [key]"]
+    assert redact([" password", "password-for-my-b"]) == [" password", "password-for-my-b"]
+    document = make_document(
+        b"it is password-for-my", messages=[{"role": "user", "content": "password"}]
+    )
+    assert parse_document(format_document(document, redact=redact)) == document
 
 
 def test_tokens_that_spell_the_key_are_not_saved() -> None:
