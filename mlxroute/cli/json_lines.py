@@ -26,14 +26,15 @@ def write_json(
     """Write one object per committed token, then a summary; return 130 after Ctrl-C, else 0.
 
     With `events`, also write one object per provisional token and per retraction. An answer that a
-    failure or a signal ends has its summary too, before the error is raised.
+    failure ends has its summary too, before the error is raised.
     """
     try:
         for event in answer.events():
             if events or isinstance(event, Token):
                 write_object(event_object(event), stream)
-    except (KeyboardInterrupt, SystemExit, MlxRouteError) as reason:
-        # Here, so that an error of a closed pipe tells of the interrupt.
+    except (KeyboardInterrupt, MlxRouteError) as reason:
+        # Here, so that an error of a closed pipe tells of the interrupt. After other signals, a
+        # reader that stalls would use up the time in which the answer can be saved.
         write_object(summary_object(answer.stats(), session), stream)
         if isinstance(reason, KeyboardInterrupt):
             return EXIT_INTERRUPTED
