@@ -97,10 +97,10 @@ def tell_story(
     story = _answer_three_times(session, pair, question, stage)
     err.print()
     answers = (story.small, story.routed, story.large)
-    print_table(err, table_of_answers(answers, width=err.width))
+    print_table(err, table_of_answers(answers, err))
     if rows := list_escalations(story.routed_tokens, session.small.vocabulary):
         err.print()
-        print_table(err, table_of_escalations(rows, width=err.width))
+        print_table(err, table_of_escalations(rows, err))
     paragraphs = [
         describe_outcome(
             story.small, story.routed, story.large, is_measured_pair=pair.name == question.pair

@@ -14,6 +14,7 @@ from mlxroute.view.answer_text import shorten_context
 from mlxroute.view.figures import format_seconds, format_size
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -65,13 +66,13 @@ def list_escalations(tokens: Sequence[Token], vocabulary: Vocabulary) -> list[Es
     return rows
 
 
-def table_of_escalations(rows: Sequence[EscalatedToken], *, width: int) -> Table:
-    """Return a table of what each model chose where the large one was asked."""
+def table_of_escalations(rows: Sequence[EscalatedToken], console: Console) -> Table:
+    """Return a table, for a console, of what each model chose where the large one was asked."""
     lines = []
     for row in rows[:_MAX_ROWS]:
         large = "no answer" if row.large is None else "the same" if row.agreed else row.large
         lines.append((str(row.number), row.before, row.small, large))
-    table = _table(("token", "after", "small model", "large model"), lines, width, optional=1)
+    table = _table(("token", "after", "small model", "large model"), lines, console, optional=1)
     if len(rows) > _MAX_ROWS:
         table.caption = f"and {len(rows) - _MAX_ROWS} more"
     return table
@@ -87,8 +88,8 @@ def result_text(answer: DemoAnswer) -> Text:
     return text
 
 
-def table_of_answers(answers: Sequence[DemoAnswer], *, width: int) -> Table:
-    """Return a table of the verdict, time, tokens and uploads of the three answers."""
+def table_of_answers(answers: Sequence[DemoAnswer], console: Console) -> Table:
+    """Return a table, for a console, of the verdict, time, tokens and uploads of the answers."""
     lines = [
         (
             name,
@@ -101,15 +102,15 @@ def table_of_answers(answers: Sequence[DemoAnswer], *, width: int) -> Table:
         for name, answer in zip(("small", "routed", "large"), answers, strict=True)
     ]
     columns = ("", "answer", "time", "tokens", "by large", "uploaded")
-    return _table(columns, lines, width, optional=5)
+    return _table(columns, lines, console, optional=5)
 
 
 def _table(
-    columns: Sequence[str], lines: Sequence[Sequence[str]], width: int, *, optional: int
+    columns: Sequence[str], lines: Sequence[Sequence[str]], console: Console, *, optional: int
 ) -> Table:
     """Return a table, without the column of number `optional` where the terminal is narrow."""
     from rich.text import Text
 
     rows = [[Text(cell, _VERDICT_STYLES.get(cell, "")) for cell in line] for line in lines]
     essential = [i for i in range(len(columns)) if i != optional]
-    return make_fitting_table(columns, rows, width=width, essential=essential)
+    return make_fitting_table(columns, rows, console=console, essential=essential)

@@ -138,7 +138,7 @@ def make_fitting_table(
     columns: Sequence[str],
     rows: Sequence[Sequence[str | Text]],
     *,
-    width: int,
+    console: Console,
     essential: Sequence[int],
 ) -> Table:
     """Return a table, for `print_table`, with only the essential columns on a narrow terminal.
@@ -146,12 +146,13 @@ def make_fitting_table(
     Args:
         columns: Headings of the columns.
         rows: Their cells.
-        width: Width of the terminal.
+        console: Where the table is to be printed.
         essential: Indices of the columns to keep.
     """
     from rich.text import Text
 
-    kept = range(len(columns)) if width >= _NARROW_COLUMNS else essential
+    is_narrow = console.is_terminal and console.width < _NARROW_COLUMNS
+    kept = essential if is_narrow else range(len(columns))
     table = make_table(*(columns[i] for i in kept), fold=True)
     for row in rows:
         # Text, unlike a string, is not read as markup.

@@ -45,7 +45,7 @@ def test_no_name_of_a_model_is_broken_on_a_narrow_terminal() -> None:
 def test_a_row_of_a_table_is_one_line_in_a_file_or_pipe(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("COLUMNS", str(COLUMNS))
     assert main(["models"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     catalog = Catalog.load(user_catalog_dir())

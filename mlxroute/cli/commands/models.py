@@ -29,14 +29,14 @@ def models(settings: Settings) -> int:
     folder = cache_dir_of(settings)
     columns = ("model", "parameters", "hub", "index", "cached", "licence")
     rows = list(_model_rows(catalog, folder))
-    print_table(out, make_fitting_table(columns, rows, width=out.width, essential=(0, 2, 4)))
+    print_table(out, make_fitting_table(columns, rows, console=out, essential=(0, 2, 4)))
     out.print()
     pair_columns = ("small", "large", "threshold", "calibration")
     pairs = [
         (pair.small, pair.large, f"{pair.threshold:g} nats", pair.calibration)
         for pair in catalog.pairs
     ]
-    print_table(out, make_fitting_table(pair_columns, pairs, width=out.width, essential=(0, 1)))
+    print_table(out, make_fitting_table(pair_columns, pairs, console=out, essential=(0, 1)))
     out.print()
     print_labelled(out, "cache: ", str(folder))
     return 0
