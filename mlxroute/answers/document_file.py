@@ -26,9 +26,9 @@ def format_document(
 ) -> bytes:
     """Return a document as JSON: one key a line, one token and one reply a line.
 
-    `redact` gets a JSON value and returns it without secrets, also such as the texts of a list
-    spell together; by default nothing is removed. Of tokens that spell one, only the rest of the
-    text stays, and no reply does.
+    `redact` gets a JSON value and returns it without secrets, including those that the texts of a
+    list form together; by default nothing is removed. If tokens spell a secret, they keep only
+    the text around it, and the document loses its replies.
     """
     value = _redacted(document, redact)
     lines = [f"{json.dumps(key)}: {_format_value(item)}" for key, item in value.items()]

@@ -37,10 +37,12 @@ def prepare_replay(
 
     `budget`, `threshold` and `mode` replace the recorded ones unless they are None. Raises
     UsageError if the small model reads the prompt otherwise than the recorded one, and for an
-    answer without tokens.
+    answer without tokens or with tokens that spell the key.
     """
     if document.prompt.text is not None:
         raise UsageError("the answer continues a text, not a conversation, and cannot be replayed")
+    if any(token.id < 0 for token in document.tokens):
+        raise UsageError("the answer spells the key, which is not saved, so it cannot be replayed")
     options = _choose_options(document, mode)
     created = _read_time(document.created)
     # A chat template may write the date.

@@ -183,6 +183,16 @@ def test_show_writes_a_page_and_a_picture(saved: Path, tmp_path: Path) -> None:
     assert {stat.S_IMODE(file.stat().st_mode) for file in (page, picture)} == {0o600}
 
 
+def test_an_answer_that_spelled_the_key_is_not_replayed(
+    plain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = read(plain)
+    value["tokens"][1] |= {"id": -1, "text": "[key]"}
+    plain.write_text(json.dumps(value), encoding="utf-8")
+    assert main(["replay", str(plain)]) == 2
+    assert "spells the key, which is not saved, so it cannot be replayed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag", ["--html", "--svg"])
 def test_show_does_not_replace_the_answer(
     flag: str, saved: Path, capsys: pytest.CaptureFixture[str]
