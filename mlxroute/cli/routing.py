@@ -38,7 +38,6 @@ class RoutingRule:
         ranks: Calibrated scores, from which a new budget starts.
         has_large: Whether there is a large model.
         is_offline: Whether there can be none. False by default.
-        head: The file of a learned head that the settings named. None (default) for none.
     """
 
     def __init__(
@@ -48,13 +47,11 @@ class RoutingRule:
         *,
         has_large: bool,
         is_offline: bool = False,
-        head: str | None = None,
     ) -> None:
         self._router = router
         self._ranks = ranks
         self._has_large = has_large
         self._is_offline = is_offline
-        self._head = head
 
     @property
     def router(self) -> Router:
@@ -85,19 +82,18 @@ class RoutingRule:
         return state.rate if isinstance(state, Budget) and self._has_large else None
 
     def as_settings(self, settings: Settings) -> Settings:
-        """Return the settings with the present threshold or budget, and with this router's name.
+        """Return the settings with the present threshold or budget.
 
-        Of a router with a head that they no longer name, only a budget stays.
+        With a threshold they name this router, unless they already choose it. Without a large model
+        they stay as they are.
         """
-        if self._lost_head(settings):
-            return replace(settings, budget=self.budget, threshold=None, router=None)
+        if not self._has_large:
+            return settings
         if self.budget is not None:
             return replace(settings, budget=self.budget, threshold=None)
-        return replace(settings, threshold=self.threshold, budget=None, router=self.name)
-
-    def loses_threshold(self, settings: Settings) -> bool:
-        """Return whether the threshold is one of a head that the settings no longer name."""
-        return self._has_large and self.budget is None and self._lost_head(settings)
+        changed = replace(settings, threshold=self.threshold, budget=None)
+        is_chosen = choose_router_name(changed) == self.name
+        return changed if is_chosen else replace(changed, router=self.name)
 
     def new_router(self, *, budget: float | None = None, threshold: float | None = None) -> Router:
         """Return a router in its first state, by default with this rule's threshold or budget."""
@@ -154,9 +150,6 @@ class RoutingRule:
             return None
         return f"{100 * self.budget:g}% of the tokens and {BURST:g} more"
 
-    def _lost_head(self, settings: Settings) -> bool:
-        return self.name == HEAD_ROUTER and self._head not in (None, settings.head)
-
     def _check_large(self) -> None:
         if self._is_offline:
             raise UsageError(NEVER_LARGE)
@@ -175,6 +168,13 @@ def choose_router_name(settings: Settings, pair: Pair | None = None) -> str:
     if settings.head is not None:
         return HEAD_ROUTER
     return DEFAULT_ROUTER if pair is None or settings.threshold is not None else pair.router
+
+
+def without_head(settings: Settings) -> Settings:
+    """Return the settings without their head, and without a threshold on its scale."""
+    has_scale = settings.head is not None and choose_router_name(settings) == HEAD_ROUTER
+    threshold = None if has_scale else settings.threshold
+    return replace(settings, head=None, threshold=threshold)
 
 
 def find_ranks(small: SmallModel, router: str, head: str | None = None) -> ScoreRanks:
@@ -242,5 +242,4 @@ def make_routing(
         ranks,
         has_large=large is not None,
         is_offline=settings.offline,
-        head=settings.head,
     )

@@ -19,6 +19,7 @@ from mlxroute.cli.routing import (
     head_file,
     make_routing,
     warn_of_other_head,
+    without_head,
 )
 from mlxroute.cli.server_offers import no_large_lines
 from mlxroute.cli.small_setup import default_small, load_small, small_name
@@ -235,7 +236,7 @@ class Session:
         server = self._settings.key_server or self._settings.large
         changes: dict[str, Any] = dict.fromkeys(SERVER_SETTINGS)
         changes |= {"large": address, "large_model": model, "key_server": server}
-        settings = replace(self._settings, **changes)
+        settings = replace(self.routing.as_settings(self._settings), **changes)
         if settings.offline:
             raise UsageError(NEVER_LARGE)
         cost, uploads = self.cost, self.uploads
@@ -264,16 +265,19 @@ class Session:
         """
         from mlxroute.cli.progress import ByteProgress
 
+        before = self.routing.as_settings(self._settings)
         # An adapter and a head belong to one small model.
-        settings = replace(self._settings, small=name, adapter=None, head=None)
+        settings = replace(without_head(before), small=name, adapter=None)
         with ByteProgress(err) as progress:
             small = load_small(settings, progress)
         self._change_models(small, self.large, settings, err)
+        if settings.threshold != before.threshold:
+            print_note(err, "the threshold was one of the head, which is no longer used")
 
     def _change_models(
         self, small: SmallModel, large: LargeModel | None, settings: Settings, err: Console
     ) -> None:
-        """Replace the models, and the router by one with the same threshold or budget."""
+        """Replace the models, and the router by that of the settings."""
         from mlxroute.cli.progress import ByteProgress
         from mlxroute.engine import Experience
 
@@ -281,12 +285,8 @@ class Session:
             with ByteProgress(err) as progress:
                 pair_vocabularies(large, small, progress)
         pair = _find_pair(small, large)
-        if self.large is not None:
-            settings = self.routing.as_settings(settings)
         routing = make_routing(small, large, settings, pair)
         routing.go_on_from(self.routing, same_small=small is self.small)
-        if self.routing.loses_threshold(settings):
-            print_note(err, "the threshold was one of the head, which is no longer used")
         self.small, self.large, self.routing = small, large, routing
         self._settings = settings
         self._experience = Experience()

@@ -493,13 +493,18 @@ def test_a_chat_changes_its_models_and_keeps_what_both_chose(
     assert [item["models"]["small_spec"] for item in answers] == [str(tiny), str(tiny), str(other)]
 
 
+def make_head(tiny: Path, folder: Path) -> Path:
+    size = json.loads((tiny / "config.json").read_text())["hidden_size"] + SIGNAL_COUNT
+    head = folder / "head.safetensors"
+    mx.save_safetensors(str(head), {"0.weight": mx.zeros((1, size)), "0.bias": mx.zeros(1)})
+    return head
+
+
 def test_another_small_model_does_not_get_the_head_of_the_one_before(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = make_tiny_model(tmp_path / "other", seed=1)
-    size = json.loads((tiny / "config.json").read_text())["hidden_size"] + SIGNAL_COUNT
-    head = tmp_path / "head.safetensors"
-    mx.save_safetensors(str(head), {"0.weight": mx.zeros((1, size)), "0.bias": mx.zeros(1)})
+    head = make_head(tiny, tmp_path)
     with Loopback(honest(lambda request: Reply.of(legacy("a")))) as server:
         monkeypatch.setattr("sys.stdin", io.StringIO(f"/threshold\n/small {other}\n/threshold\n"))
         routed = ["--small", str(tiny), "--large", server.url, "--head", str(head)]
@@ -512,9 +517,7 @@ def test_another_small_model_does_not_get_a_threshold_of_the_head_before(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = make_tiny_model(tmp_path / "other", seed=1)
-    size = json.loads((tiny / "config.json").read_text())["hidden_size"] + SIGNAL_COUNT
-    head = tmp_path / "head.safetensors"
-    mx.save_safetensors(str(head), {"0.weight": mx.zeros((1, size)), "0.bias": mx.zeros(1)})
+    head = make_head(tiny, tmp_path)
     with Loopback(honest(lambda request: Reply.of(legacy("a")))) as server:
         # The address again, which keeps the head and its threshold.
         lines = ["/threshold 0.5", f"/large {server.url}", "/threshold", f"/small {other}"]
@@ -526,6 +529,37 @@ def test_another_small_model_does_not_get_a_threshold_of_the_head_before(
     note, described = err.splitlines()[-2:]
     assert note == "the threshold was one of the head, which is no longer used"
     assert described.endswith("for at most 7% of the tokens and 4 more, by entropy")
+
+
+def test_a_threshold_of_a_head_is_dropped_with_it_before_there_is_a_large_model(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_tiny_model(tmp_path / "other", seed=1)
+    head = str(make_head(tiny, tmp_path))
+    with Loopback(honest(lambda request: Reply.of(legacy("a")))) as server:
+        commands = f"/small {other}\n/large {server.url}\n"
+        monkeypatch.setattr("sys.stdin", io.StringIO(commands))
+        assert main(["chat", "--small", str(tiny), "--head", head, "--threshold", "0.5"]) == 0
+    err = capsys.readouterr().err
+    assert "the threshold was one of the head, which is no longer used" in err
+    assert err.splitlines()[-1].endswith("for at most 7% of the tokens and 4 more, by entropy")
+
+
+@pytest.mark.parametrize("rule", [[], ["--budget", "5%"], ["--threshold", "0.5"]])
+def test_a_head_router_that_was_asked_for_stays_with_another_small_model(
+    rule: list[str],
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = make_tiny_model(tmp_path / "other", seed=1)
+    head = str(make_head(tiny, tmp_path))
+    with Loopback(honest(lambda request: Reply.of(legacy("a")))) as server:
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"/small {other}\n"))
+        routed = ["--small", str(tiny), "--large", server.url, "--router", "head", "--head", head]
+        assert main(["chat", *routed, *rule]) == 2
+    assert "there is no head for" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["/large ftp://x", "/small no/such/model"])
