@@ -20,6 +20,7 @@ from mlxroute.cli.quality_tables import print_quality
 from mlxroute.questions.question_files import AnswerKind, Question
 from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.small import SmallModel
+from mlxroute.small.sampled_continuations import sample_continuations
 from mlxroute.types import no_progress
 from tests.support.scripted_models import ScriptedLarge
 from tests.support.tiny import make_tiny_model
@@ -107,10 +108,9 @@ def test_samples_of_one_question_differ_and_do_not_depend_on_the_other_questions
     small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[list[list[int]]] = []
-    sample = majority.sample_continuations
 
     def keep(*args: Any, **options: Any) -> list[list[list[int]]]:
-        groups = sample(*args, **options)
+        groups = sample_continuations(*args, **options)
         written.extend(groups)
         return groups
 

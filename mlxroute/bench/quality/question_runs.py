@@ -96,11 +96,7 @@ def bench_quality(  # noqa: PLR0913 - all of these are settings of one run
         results=results,
         accept_within=accept_within,
     )
-    rows = bench.answer_all(questions, [s for s in sides if not s.samples], chats, progress)
-    for side in sides:
-        if side.samples:
-            majority = MajorityBench(small, examples, side.samples, max_tokens, step_s, results)
-            rows[side.name] = majority.answer_all(questions, progress)
+    rows = bench.answer_all(questions, sides, chats, progress)
     has_answers = all(question.answer is not None for question in questions)
     pairs = compare or pair_with_best_baseline(sides, rows, has_answers=has_answers)
     by_side: SideScores = {}
@@ -166,6 +162,8 @@ class _QualityBench:
         progress: Progress,
     ) -> dict[str, list[QualityRow]]:
         """Let every side answer every question; return the answers by side, in question order."""
+        voting = [side for side in sides if side.samples]
+        sides = [side for side in sides if not side.samples]
         routers = {(side, chat): self.new_router(side) for side in sides for chat in range(chats)}
         rows: dict[str, list[QualityRow]] = {side.name: [] for side in sides}
         progress("questions", 0, len(questions))
@@ -179,7 +177,14 @@ class _QualityBench:
             for task, row in zip(tasks, self.answer(tasks), strict=True):
                 rows[task.side.name].append(row)
             progress("questions", begin + len(group), len(questions))
+        for side in voting:
+            rows[side.name] = self._majority(side.samples).answer_all(questions, progress)
         return rows
+
+    def _majority(self, count: int) -> MajorityBench:
+        return MajorityBench(
+            self.small, self.examples, count, self.max_tokens, self.step_s, self.results
+        )
 
     def new_router(self, side: QualitySide) -> QualityRouter:
         """Return a side's router in its state before the first question."""
