@@ -146,7 +146,7 @@ def test_a_small_model_is_adapted_to_a_users_questions(
     assert code == 0, messages
     assert "resuming round 0 at epoch " in messages
     assert "10 of 10 answers were recorded before. If the large model" in messages
-    assert f"changed under the same name, delete {record}\n" in messages
+    assert f"changed under the same name, delete {record} " in messages
     assert resumed["figures"][0] == report["figures"][0]
     assert record.read_bytes() == rows
     report = resumed
