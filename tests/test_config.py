@@ -244,7 +244,8 @@ def test_a_wrong_value_is_named_with_its_variable(
     [
         ({"temperature": -1.0}, "^temperature must be at least 0"),
         ({"never_send": ("ok", "(x")}, r"^never_send '\(x' is not a regular expression"),
-        ({"never_send": ("a\tb\n", "\x1b")}, r"^never_send '\\x1b' has the control character"),
+        ({"never_send": ("a\tb\nc", "\x1b")}, r"^never_send '\\x1b' has the control character"),
+        ({"never_send": ("zebra\n",)}, r"^never_send 'zebra\\n' has the control character '\\n'"),
     ],
 )
 def test_a_wrong_flag_is_named_as_a_parameter(

@@ -171,7 +171,7 @@ def choose_router_name(settings: Settings, pair: Pair | None = None) -> str:
 
 
 def without_head(settings: Settings) -> Settings:
-    """Return the settings without their head, and without a threshold on its scale."""
+    """Return the settings without the head of `--head`, and without a threshold on its scale."""
     has_scale = settings.head is not None and choose_router_name(settings) == HEAD_ROUTER
     threshold = None if has_scale else settings.threshold
     return replace(settings, head=None, threshold=threshold)

@@ -272,7 +272,7 @@ class Session:
             small = load_small(settings, progress)
         self._change_models(small, self.large, settings, err)
         if settings.threshold != before.threshold:
-            print_note(err, "the threshold was one of the head, which is no longer used")
+            print_note(err, "the threshold was on the scale of the earlier head, so it was dropped")
 
     def _change_models(
         self, small: SmallModel, large: LargeModel | None, settings: Settings, err: Console

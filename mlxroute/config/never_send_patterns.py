@@ -12,7 +12,7 @@ from mlxroute.user_folders import expand_user
 
 _MAX_FILE_BYTES = 2**20
 # With one of them, such as the end of a line from Windows, a pattern would match no usual text.
-_UNMATCHED = re.compile(r"[\ufffd\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_UNMATCHED = re.compile(r"[\ufffd\x00-\x08\x0b-\x1f\x7f-\x9f]|\n\Z")
 
 
 def read_never_send(settings: Settings) -> tuple[re.Pattern[str], ...]:
@@ -46,8 +46,8 @@ def compile_pattern(
 ) -> re.Pattern[str]:
     """Return a compiled pattern.
 
-    Raises `error`, with `where` in its text, for one that is not a regular expression, or that has
-    control characters or the U+FFFD of bytes that are not UTF-8.
+    Raises `error`, with `where` in its text, for one that is not a regular expression, that ends in
+    a line break, or that has control characters or the U+FFFD of bytes that are not UTF-8.
     """
     if (match := _UNMATCHED.search(text)) is not None:
         reason = f"the control character {match[0]!a}; leave it out, or write it as an escape"

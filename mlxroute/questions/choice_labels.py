@@ -84,6 +84,7 @@ def find_letter(text: str) -> str | None:
     stated = (_label_at(_ANY_LETTER, text, match.end()) for match in _CONCLUSION.finditer(text))
     return (
         next(filter(None, stated), None)
+        or find_requested_label(_ANY_LETTER, text)
         or _correct_label(_ANY_LETTER, text)
         or _accepted_label(_ANY_LETTER, _LABEL_AT_START.finditer(text))
         # A letter in brackets may be part of a formula, so it counts last.

@@ -17,13 +17,14 @@ from mlxroute.bench.quality.question_runs import bench_quality
 from mlxroute.bench.quality.sides import make_sides
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli.quality_tables import print_quality
+from mlxroute.errors import UsageError
 from mlxroute.questions.question_files import AnswerKind, Question
 from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.small import SmallModel
 from mlxroute.small.sampled_continuations import sample_continuations
 from mlxroute.types import no_progress
 from tests.support.scripted_models import ScriptedLarge
-from tests.support.tiny import make_tiny_model
+from tests.support.tiny import KINDS, make_tiny_model
 
 _RANKS = ScoreRanks("tiny", "none", 0, {"entropy": (0.0, 6.0)})
 
@@ -70,7 +71,7 @@ def test_a_majority_is_a_side_without_calls_and_a_baseline_of_every_budget(
 ) -> None:
     questions = [number("4", str(i)) for i in range(3)]
 
-    def run() -> tuple[dict[str, Any], ScriptedLarge]:
+    def run(step_s: float) -> tuple[dict[str, Any], ScriptedLarge]:
         large = ScriptedLarge([(70,)])
         with RecordingLarge(large, tmp_path / "replies") as recorded:
             report = bench_quality(
@@ -81,12 +82,12 @@ def test_a_majority_is_a_side_without_calls_and_a_baseline_of_every_budget(
                 examples=[],
                 ranks=_RANKS,
                 max_tokens=12,
-                step_s=0.01,
+                step_s=step_s,
                 results=QualityResults(tmp_path / "r"),
             )
         return report, large
 
-    report, _ = run()
+    report, _ = run(0.01)
     side = report["sides"]["majority of 3"]
     assert (side["router"], side["calls"], side["large_tokens_per_question"]) == (None, 0, 0)
     assert 0 < side["tokens"] <= 3 * 3 * 12
@@ -99,9 +100,12 @@ def test_a_majority_is_a_side_without_calls_and_a_baseline_of_every_budget(
     # Lenient marks and the share of the gap come before large tokens, calls and sent tokens.
     line = next(line for line in table.getvalue().splitlines() if "majority of 3" in line)
     assert line.split()[-4:-1] == ["0.00", "0.00", "0"]
-    again, large = run()
-    assert again["sides"] == report["sides"]
+    again, large = run(0.02)
     assert large.contexts == []
+    # Saved majorities are timed anew, like other answers.
+    repeated = again["sides"]["majority of 3"]
+    assert repeated["seconds_median"] == pytest.approx(2 * side["seconds_median"], abs=2e-3)
+    assert repeated["lenient"] == side["lenient"]
 
 
 def test_samples_of_one_question_differ_and_do_not_depend_on_the_other_questions(
@@ -121,3 +125,26 @@ def test_samples_of_one_question_differ_and_do_not_depend_on_the_other_questions
     alone.answer_all([number("4", "2")], no_progress)
     assert len(set(map(tuple, written[0]))) > 1
     assert written[1] == written[2]
+
+
+def test_a_model_whose_caches_cannot_be_rows_is_refused_before_any_call(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "g", model_type="gemma3_text", extra=KINDS["gemma3_text"])
+    model, tokenizer = load(path)
+    large = ScriptedLarge([(70,)])
+    with (
+        RecordingLarge(large, tmp_path / "replies") as recorded,
+        pytest.raises(UsageError, match="needs plain KV caches") as caught,
+    ):
+        bench_quality(
+            SmallModel(model, tokenizer, name="g"),
+            recorded,
+            [number("4")],
+            sides=make_sides(["entropy"], [0.1], majority=2),
+            examples=[],
+            ranks=_RANKS,
+            max_tokens=4,
+            step_s=0.01,
+            results=QualityResults(tmp_path / "r"),
+        )
+    assert caught.value.parameter == "majority"
+    assert large.contexts == []

@@ -527,7 +527,7 @@ def test_another_small_model_does_not_get_a_threshold_of_the_head_before(
     err = capsys.readouterr().err
     assert "threshold 0.5 of head" in err
     note, described = err.splitlines()[-2:]
-    assert note == "the threshold was one of the head, which is no longer used"
+    assert note == "the threshold was on the scale of the earlier head, so it was dropped"
     assert described.endswith("for at most 7% of the tokens and 4 more, by entropy")
 
 
@@ -541,7 +541,7 @@ def test_a_threshold_of_a_head_is_dropped_with_it_before_there_is_a_large_model(
         monkeypatch.setattr("sys.stdin", io.StringIO(commands))
         assert main(["chat", "--small", str(tiny), "--head", head, "--threshold", "0.5"]) == 0
     err = capsys.readouterr().err
-    assert "the threshold was one of the head, which is no longer used" in err
+    assert "the threshold was on the scale of the earlier head, so it was dropped" in err
     assert err.splitlines()[-1].endswith("for at most 7% of the tokens and 4 more, by entropy")
 
 

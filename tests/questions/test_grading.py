@@ -151,6 +151,7 @@ def test_punctuation_separates_words_unless_it_is_part_of_one(
         ("C", "The correct option is C.", True),
         ("B", "The answer is B, since f(x) = 0 there.", True),
         ("B", "Remove the item(s) first. The correct option is B.", True),
+        ("B", "Remove the item(s) first. The answer is whale (B).", True),
         ("B", "I would say (B).", True),
     ],
 )

@@ -10,12 +10,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Final
 
 from mlxroute.bench.quality.graded_answers import QualityResults, QualityRow
-from mlxroute.questions.grading import extract_answer, grade, is_outcome_known
+from mlxroute.errors import UsageError
+from mlxroute.questions.grading import extract_answer, grade
 from mlxroute.questions.question_files import AnswerKind, Question, question_messages
 from mlxroute.sequences import chunks
 from mlxroute.small import SmallModel
@@ -59,7 +59,8 @@ class MajorityBench:
     def answer_all(self, questions: Sequence[Question], progress: Progress) -> list[QualityRow]:
         """Return the majority of each question's answers; all questions must fulfil `can_vote`.
 
-        Raises UsageError for KV caches and models that cannot have rows of a batch.
+        Saved ones are graded and timed anew. Raises UsageError for KV caches and models that cannot
+        have rows of a batch.
         """
         small = self.small.with_own_cache()
         rows: list[QualityRow] = []
@@ -71,7 +72,7 @@ class MajorityBench:
             for item in group:
                 row = self.results.find(self._key(item))
                 assert row is not None
-                rows.append(row)
+                rows.append(self._judge(item, row))
         progress(_LABEL, len(rows), len(questions))
         return rows
 
@@ -80,24 +81,28 @@ class MajorityBench:
         starts = []
         for question in questions:
             ids = small.encode_conversation(question_messages(question, self.examples)).ids
-            # The last token of the prompt is fed by the samples, which draw the first of theirs.
-            _, layers = small.prefill_copy(ids[:-1])
+            try:
+                # The last token of the prompt is fed by the samples, which draw their first one.
+                _, layers = small.prefill_copy(ids[:-1])
+            except UsageError as exc:
+                raise UsageError(str(exc), parameter="majority") from exc
             starts.append(
                 SampleStart(
                     layers=layers,
                     length=len(ids) - 1,
                     token_id=ids[-1],
-                    limit=self.max_tokens,
+                    limit=min(self.max_tokens, small.context_length - len(ids)),
                     seed=question.fingerprint,
-                    is_over=partial(self._is_over, question),
+                    # To their ends, as answers of the other sides.
+                    is_over=lambda _: False,
                     temperature=TEMPERATURE,
                 )
             )
         eos_ids = small.vocabulary.eos_ids
-        return sample_continuations(small.decoder, starts, count=self.count, eos_ids=eos_ids)
-
-    def _is_over(self, question: Question, ids: Sequence[int]) -> bool:
-        return is_outcome_known(question, decode_answer(self.small, ids))
+        try:
+            return sample_continuations(small.decoder, starts, count=self.count, eos_ids=eos_ids)
+        except UsageError as exc:
+            raise UsageError(str(exc), parameter="majority") from exc
 
     def _count(self, question: Question, answers: Sequence[Sequence[int]]) -> QualityRow:
         """Return the row of the most frequent answer; of equal counts, the one written first."""
@@ -105,25 +110,27 @@ class MajorityBench:
         given = [extract_answer(question, text) for text in texts]
         counts = Counter(answer for answer in given if answer)
         chosen = given.index(max(counts, key=counts.__getitem__)) if counts else 0
-        text, tokens = texts[chosen], sum(map(len, answers))
-        marks = grade(question, text)
         return QualityRow(
             question=question.name,
-            text=text,
-            strict=marks.strict,
-            lenient=marks.lenient,
-            tokens=tokens,
+            text=texts[chosen],
+            strict=None,
+            lenient=None,
+            tokens=sum(map(len, answers)),
             escalated=0,
             agreed=0,
             unchecked=0,
             calls=0,
             uploaded_tokens=0,
-            seconds=round(tokens * self.step_s, 3),
+            seconds=0.0,
             calls_s=0.0,
-            is_cut_off=len(answers[chosen]) >= self.max_tokens
-            and not is_outcome_known(question, text),
+            is_cut_off=len(answers[chosen]) >= self.max_tokens,
             scores=(),
         )
+
+    def _judge(self, question: Question, row: QualityRow) -> QualityRow:
+        marks = grade(question, row.text)
+        seconds = round(row.tokens * self.step_s, 3)
+        return replace(row, strict=marks.strict, lenient=marks.lenient, seconds=seconds)
 
     def _key(self, question: Question) -> str:
         """Return the key of a majority: a hash of all that it depends on."""

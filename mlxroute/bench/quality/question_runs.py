@@ -166,6 +166,9 @@ class _QualityBench:
         sides = [side for side in sides if not side.samples]
         routers = {(side, chat): self.new_router(side) for side in sides for chat in range(chats)}
         rows: dict[str, list[QualityRow]] = {side.name: [] for side in sides}
+        # First, because it makes no call, and not every model can do it.
+        for side in voting:
+            rows[side.name] = self._majority(side.samples).answer_all(questions, progress)
         progress("questions", 0, len(questions))
         for begin in range(0, len(questions), chats):
             group = questions[begin : begin + chats]
@@ -177,8 +180,6 @@ class _QualityBench:
             for task, row in zip(tasks, self.answer(tasks), strict=True):
                 rows[task.side.name].append(row)
             progress("questions", begin + len(group), len(questions))
-        for side in voting:
-            rows[side.name] = self._majority(side.samples).answer_all(questions, progress)
         return rows
 
     def _majority(self, count: int) -> MajorityBench:
