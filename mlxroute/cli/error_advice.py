@@ -19,6 +19,7 @@ _NAMES_OF_SHOWN = {"base_url": "large"}
 # Parameters that are not settings.
 _OTHER_FLAGS = {
     "html": "--html",
+    "majority": "--majority",
     "out": "--out",
     "save": "--save",
     "svg": "--svg",

@@ -41,12 +41,7 @@ class RoutingRule:
     """
 
     def __init__(
-        self,
-        router: Router,
-        ranks: ScoreRanks,
-        *,
-        has_large: bool,
-        is_offline: bool = False,
+        self, router: Router, ranks: ScoreRanks, *, has_large: bool, is_offline: bool = False
     ) -> None:
         self._router = router
         self._ranks = ranks

@@ -81,7 +81,7 @@ def test_a_missing_head_is_reported_before_the_model_is_loaded(
         (["--compare", "entropy 7%,small"], "--compare entropy 7%,small: name two sides"),
         (["--compare", "large,large"], "--compare large,large: name two sides"),
         (["--oracles"], "has no answer to compare with; --oracles needs one"),
-        (["--majority", "5"], "row 1 has no choices and no number as its answer"),
+        (["--majority", "5"], "its answer, so there is no majority (--majority)"),
         (["--examples", "FILE"], "too few rows with a `cot`: 0 of the 4 needed"),
         (["--router", "head", "--small", "no-such-model"], "there is no head for no-such-model"),
         (["--head", "/nowhere/h"], "there is no file /nowhere/h (--head)"),

@@ -38,7 +38,7 @@ def can_vote(question: Question) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class MajorityBench:
-    """The settings of majorities.
+    """Lets the small model answer each question several times, and takes the majority.
 
     Args:
         small: The small model.
@@ -78,31 +78,27 @@ class MajorityBench:
 
     def _sample(self, small: SmallModel, questions: Sequence[Question]) -> list[list[list[int]]]:
         """Return the answers to each question as token ids, without end tokens."""
-        starts = []
-        for question in questions:
-            ids = small.encode_conversation(question_messages(question, self.examples)).ids
-            try:
-                # The last token of the prompt is fed by the samples, which draw their first one.
-                _, layers = small.prefill_copy(ids[:-1])
-            except UsageError as exc:
-                raise UsageError(str(exc), parameter="majority") from exc
-            starts.append(
-                SampleStart(
-                    layers=layers,
-                    length=len(ids) - 1,
-                    token_id=ids[-1],
-                    limit=min(self.max_tokens, small.context_length - len(ids)),
-                    seed=question.fingerprint,
-                    # To their ends, as answers of the other sides.
-                    is_over=lambda _: False,
-                    temperature=TEMPERATURE,
-                )
-            )
         eos_ids = small.vocabulary.eos_ids
         try:
+            starts = [self._start(small, question) for question in questions]
             return sample_continuations(small.decoder, starts, count=self.count, eos_ids=eos_ids)
         except UsageError as exc:
             raise UsageError(str(exc), parameter="majority") from exc
+
+    def _start(self, small: SmallModel, question: Question) -> SampleStart:
+        ids = small.encode_conversation(question_messages(question, self.examples)).ids
+        # The last token of the prompt is fed by the samples, which draw their first one.
+        _, layers = small.prefill_copy(ids[:-1])
+        return SampleStart(
+            layers=layers,
+            length=len(ids) - 1,
+            token_id=ids[-1],
+            limit=min(self.max_tokens, small.context_length - len(ids)),
+            seed=question.fingerprint,
+            # To their ends, as answers of the other sides.
+            is_over=lambda _: False,
+            temperature=TEMPERATURE,
+        )
 
     def _count(self, question: Question, answers: Sequence[Sequence[int]]) -> QualityRow:
         """Return the row of the most frequent answer; of equal counts, the one written first."""
