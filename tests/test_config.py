@@ -15,7 +15,8 @@ from mlxroute.config import (
     read_prices,
 )
 from mlxroute.config.client_keys import read_client_keys
-from mlxroute.config.settings import Setting, declared_settings
+from mlxroute.config.declarations import Setting
+from mlxroute.config.settings import declared_settings
 from mlxroute.config.settings_page import settings_page
 from mlxroute.errors import ConfigError, UsageError
 from mlxroute.types import Prices

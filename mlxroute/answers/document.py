@@ -196,6 +196,9 @@ class OptionsRecord:
     top_p: float
     seed: int | None
     never_send: int
+    # Documents of earlier versions lack these.
+    top_k: int = 0
+    min_p: float = 0.0
 
     @classmethod
     def of(cls, options: Options) -> OptionsRecord:
@@ -212,6 +215,8 @@ class OptionsRecord:
             top_p=sampling.top_p,
             seed=sampling.seed,
             never_send=len(options.never_send),
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
         )
 
 

@@ -59,6 +59,8 @@ def prepare_replay(
             stop=options.stop,
             temperature=options.temperature,
             top_p=options.top_p,
+            top_k=options.top_k,
+            min_p=options.min_p,
             seed=options.seed,
             mode=options.mode,
             prefetch=options.prefetch,

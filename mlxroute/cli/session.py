@@ -140,14 +140,13 @@ class Session:
     def options(self) -> Options:
         """The options of the next answer."""
         from mlxroute.engine import Options, parse_mode
-        from mlxroute.types import Sampling
 
         settings = self._settings
         mode = parse_mode(self.mode)
         options = Options(
             max_tokens=settings.max_tokens,
             stop=settings.stop,
-            sampling=Sampling(settings.temperature, settings.top_p, settings.seed),
+            sampling=settings.sampling,
             timeout_s=settings.timeout,
             strict=settings.strict,
             never_send=self.never_send,

@@ -13,7 +13,8 @@ import typer
 from mlxroute.cli.error_advice import named_origins
 from mlxroute.cli.shell_completion import complete_model
 from mlxroute.config import Settings, default_config_path, load_settings, parse_share
-from mlxroute.config.settings import Setting, declared_settings, replace_escapes
+from mlxroute.config.declarations import Setting
+from mlxroute.config.settings import declared_settings, replace_escapes
 from mlxroute.errors import ConfigError
 
 LoadSettings = Callable[[Mapping[str, Any]], Settings]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from mlxroute.config.settings import Setting, declared_settings
+from mlxroute.config.declarations import Setting
+from mlxroute.config.settings import declared_settings
 
 _HEAD = """\
 # Settings

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlxroute.config.declarations import Setting
 from mlxroute.config.never_send_patterns import compile_pattern
 from mlxroute.config.paths import CONFIG_VARIABLE
 from mlxroute.config.setting_choices import RouterName
 from mlxroute.config.settings import (
     SERVER_SETTINGS,
-    Setting,
     Settings,
     declared_settings,
     parse_share,

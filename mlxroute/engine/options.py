@@ -66,8 +66,8 @@ class Options:
     def __post_init__(self) -> None:
         check_number("max_tokens", self.max_tokens)
         check_number("timeout_s", self.timeout_s, limits="timeout")
-        check_number("temperature", self.sampling.temperature)
-        check_number("top_p", self.sampling.top_p)
+        for name in ("temperature", "top_p", "top_k", "min_p"):
+            check_number(name, getattr(self.sampling, name))
         check_number("accept_within", self.accept_within)
         for name in ("prefetch", "call_ceiling"):
             if getattr(self, name) is not None:

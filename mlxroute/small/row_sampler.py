@@ -15,12 +15,12 @@ class RowSampler:
     """Draws the tokens of one sequence; other sequences do not change what it draws.
 
     Args:
-        sampling: Temperature above 0, top-p and seed; without a seed one is drawn. MLX's own random
-            state stays as it was.
+        sampling: Temperature above 0, filters and seed; without a seed one is drawn. MLX's own
+            random state stays as it was.
     """
 
     def __init__(self, sampling: Sampling) -> None:
-        self._sample = make_sampler(temp=sampling.temperature, top_p=sampling.top_p)
+        self._sampling = sampling
         # MLX's own state begins in each thread with the same numbers.
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         self._key = mx.random.key(seed)
@@ -43,6 +43,18 @@ class RowSampler:
         # The key is computed with the token, because only this thread can compute what is lazy now.
         drawn: mx.array = mx.depends(token, self._key)
         return drawn
+
+    def _sample(self, logprobs: mx.array) -> mx.array:
+        sampling = self._sampling
+        sample = make_sampler(
+            temp=sampling.temperature,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            # mlx-lm refuses a number that keeps all tokens.
+            top_k=sampling.top_k if sampling.top_k < logprobs.shape[-1] else 0,
+        )
+        token: mx.array = sample(logprobs)
+        return token
 
     def rewind(self, length: int) -> None:
         """Restore the random state of the time at which the sequence had `length` tokens."""

@@ -54,6 +54,8 @@ LIMITS: Final[Mapping[str, Limits]] = {
     ),
     "temperature": Limits("at least 0, and finite", _from_0),
     "top_p": Limits("above 0 and at most 1", lambda p: 0 < p <= 1),
+    "top_k": Limits("at least 0", lambda k: k >= 0, integer=True),
+    "min_p": Limits("from 0 to 1", lambda p: 0 <= p <= 1),
     "seed": Limits("from 0 to 2^64 - 1", lambda n: 0 <= n < 2**64, integer=True),
     "accept_within": Limits("at least 0 nats, and finite", _from_0),
     "top_logprobs": Limits("at least 1", lambda n: n >= 1, integer=True),

@@ -51,6 +51,7 @@ KEYS = {
     "ModelPair": "small small_spec adapter large large_url small_files",
     "OptionsRecord": (
         "mode prefetch call_ceiling accept_within max_tokens stop temperature top_p seed never_send"
+        " top_k min_p"
     ),
     "PromptRecord": "tokens sha256 text",
     "RecordedReply": "after then tokens",

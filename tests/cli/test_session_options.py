@@ -38,6 +38,8 @@ SETTINGS = Settings(
     max_tokens=7,
     temperature=0.8,
     top_p=0.9,
+    top_k=40,
+    min_p=0.05,
     seed=11,
     stop=("END",),
     timeout=4.0,
@@ -49,7 +51,7 @@ SETTINGS = Settings(
 OPTIONS = Options(
     max_tokens=7,
     stop=("END",),
-    sampling=Sampling(0.8, 0.9, 11),
+    sampling=Sampling(0.8, 0.9, 40, 0.05, 11),
     timeout_s=4.0,
     strict=True,
     never_send=PATTERNS,
@@ -82,7 +84,7 @@ def test_an_answer_has_the_options_of_the_settings_and_its_document_says_so() ->
     assert session.options == OPTIONS
     origin = session.answer([{"role": "user", "content": "hi"}]).origin
     assert origin.options == OptionsRecord(
-        Mode.HEDGE, 3, 2.0, 0.5, 7, ("END",), 0.8, 0.9, 11, never_send=1
+        Mode.HEDGE, 3, 2.0, 0.5, 7, ("END",), 0.8, 0.9, 11, never_send=1, top_k=40, min_p=0.05
     )
     small, large = session.small, session.large
     assert large is not None

@@ -29,7 +29,7 @@ from mlxroute.routers import make_router
 class SettingsWithFoo(Settings):
     """The settings and one more, declared by its field alone."""
 
-    foo: int | None = settings_module._setting(
+    foo: int | None = settings_module.setting(
         None, "A fictitious setting.", metavar="N", commands=("ask",)
     )
 

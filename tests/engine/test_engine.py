@@ -464,9 +464,15 @@ def test_one_token_has_no_speed() -> None:
     "options",
     [
         *({"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}),
+        *({"top_k": -1}, {"top_k": 0.5}, {"min_p": -0.1}, {"min_p": 1.5}),
         *({"timeout_s": 0.0}, {"timeout_s": math.inf}, {"seed": -1}, {"seed": 2**64}),
-        *({name: math.nan} for name in ("temperature", "top_p", "timeout_s", "accept_within")),
-        *({"accept_within": -1.0}, {"accept_within": math.inf}, {"call_ceiling": math.nan}),
+        *({name: math.nan} for name in ("temperature", "top_p", "min_p", "timeout_s")),
+        *(
+            {"accept_within": -1.0},
+            {"accept_within": math.nan},
+            {"accept_within": math.inf},
+            {"call_ceiling": math.nan},
+        ),
         *({"max_tokens": 1.5}, {"max_tokens": True}, {"seed": 0.5}, {"prefetch": 10**5000}),
         *({"temperature": "hot"}, {"temperature": None}, {"temperature": math.inf}),
         *({"stop": None}, {"stop": [5]}, {"never_send": None}, {"never_send": re.compile("x")}),

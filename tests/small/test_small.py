@@ -70,15 +70,34 @@ def test_greedy_decoding_equals_mlx_lm_token_for_token(small: SmallModel, prompt
     assert decode(small, prompt_ids, 16) == reference_ids(small, prompt_ids, 16)
 
 
-def test_seeded_sampling_equals_mlx_lm_token_for_token(small: SmallModel) -> None:
+@pytest.mark.parametrize(
+    "filters", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.3}, {"top_p": 0.9, "top_k": 40}]
+)
+def test_seeded_sampling_equals_mlx_lm_token_for_token(
+    small: SmallModel, filters: dict[str, Any]
+) -> None:
     from mlx_lm.sample_utils import make_sampler
 
     prompt_ids = list(small.vocabulary.encode("once upon a time"))
-    sampled = decode(small, prompt_ids, 16, temperature=0.8, top_p=0.9, seed=7)
+    sampled = decode(small, prompt_ids, 16, temperature=0.8, seed=7, **filters)
     mx.random.seed(7)
-    expected = reference_ids(small, prompt_ids, 16, sampler=make_sampler(0.8, top_p=0.9))
+    expected = reference_ids(small, prompt_ids, 16, sampler=make_sampler(0.8, **filters))
     assert sampled == expected
-    assert sampled != decode(small, prompt_ids, 16, temperature=0.8, top_p=0.9, seed=8)
+    assert sampled != decode(small, prompt_ids, 16, temperature=0.8, seed=8, **filters)
+
+
+def test_a_top_k_beyond_the_vocabulary_sets_no_limit(small: SmallModel) -> None:
+    unlimited = decode(small, list(PROMPT_IDS), 8, temperature=1.0, seed=7)
+    for top_k in (0, 10**9):
+        assert decode(small, list(PROMPT_IDS), 8, temperature=1.0, top_k=top_k, seed=7) == unlimited
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 1}, {"min_p": 1.0}])
+def test_a_filter_that_keeps_one_token_is_greedy(
+    small: SmallModel, filters: dict[str, Any]
+) -> None:
+    greedy = decode(small, list(PROMPT_IDS), 8)
+    assert decode(small, list(PROMPT_IDS), 8, temperature=1.5, seed=7, **filters) == greedy
 
 
 @pytest.mark.parametrize("seed", [None, 7])

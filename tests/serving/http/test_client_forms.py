@@ -130,6 +130,18 @@ def test_a_seed_of_minus_1_is_random_as_on_llama_cpp(
     assert answer.options.sampling.seed == seed
 
 
+@pytest.mark.parametrize("top_k", [40, 0, -1])
+def test_a_request_sets_the_filters_of_sampling(top_k: int) -> None:
+    model: Any = SimpleNamespace(name="tiny", context_length=512, fingerprint="")
+    options = Options(sampling=Sampling(temperature=1.0, top_k=20, min_p=0.1))
+    session = ServingSession(model, None, options=options)
+    names = ModelNames(session, created=0)
+    filters = {"top_p": 0.9, "top_k": top_k, "min_p": 0.05}
+    sampling = read_chat(chat(**filters), session, names).answer.options.sampling
+    assert sampling == Sampling(1.0, top_p=0.9, top_k=max(top_k, 0), min_p=0.05)
+    assert read_chat(chat(), session, names).answer.options.sampling == options.sampling
+
+
 def test_tools_sent_unasked_are_refused_with_the_way_out(small: SmallModel) -> None:
     tools = [{"type": "function", "function": {"name": "Read", "parameters": {"type": "object"}}}]
     with running(make_session(small)) as client:

@@ -228,6 +228,8 @@ def test_neutral_values_are_accepted(client: TestClient) -> None:
         "stop": None,
         "seed": -1,
         "top_k": 40,
+        "min_p": 0.05,
+        "typical_p": 0.5,
     }
     assert post(client, chat(**fields))["mlxroute"]["ignored"] == []
 

@@ -50,7 +50,10 @@ def error_of(response: Any, status: int) -> dict[str, Any]:
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": -1}, "temperature"),
         ({"top_p": 2}, "top_p"),
-        ({"temperature": 1, "top_k": 40}, "top_k"),
+        ({"temperature": 1, "typical_p": 0.5}, "typical_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
         ({"max_tokens": -3}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -466,7 +469,14 @@ _NAMES = st.sampled_from(
             "echo",
             "suffix",
         ),
-        *("max_tokens", "max_completion_tokens", "continue_final_message", "top_k", "logit_bias"),
+        *(
+            "max_tokens",
+            "max_completion_tokens",
+            "continue_final_message",
+            "top_k",
+            "min_p",
+            "logit_bias",
+        ),
     ]
 )
 _MESSAGES = st.lists(

@@ -127,7 +127,7 @@ def make_variants(rng: random.Random, count: int) -> list[Variant]:
                 max_tokens=rng.choice((4, 12, 24)),
                 # A sampled token has no near ties that its top tokens would show.
                 exact=is_sampled or rng.random() < 0.2,
-                sampling=Sampling(0.8, 1.0, number) if is_sampled else Sampling(),
+                sampling=Sampling(0.8, seed=number) if is_sampled else Sampling(),
             )
         )
     return variants

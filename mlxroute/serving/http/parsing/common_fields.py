@@ -52,7 +52,7 @@ _UNSUPPORTED_DECODING: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
     "answers are decoded once": {"use_beam_search": (False,)},
 }
 """The same for fields that the server of a forwarded request may obey."""
-_FILTERS: Final = {"top_k": (0, -1), "min_p": (0,), "typical_p": (1,), "mirostat": (0,)}
+_FILTERS: Final = {"typical_p": (1,), "mirostat": (0,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ def refuse_decoding(fields: Fields, sampling: Sampling) -> None:
         if sampling.is_greedy:
             fields.take(name)
         else:
-            fields.refuse(name, neutral=neutral, reason="use temperature and top_p")
+            fields.refuse(name, neutral=neutral, reason="use temperature, top_p, top_k and min_p")
 
 
 def with_ignored(answer: AnswerFields, fields: Fields) -> AnswerFields:
@@ -170,26 +170,38 @@ def _read_options(fields: Fields, defaults: Options, mode: str | None) -> Option
     longest = read_limit(fields, "max_completion_tokens", low=1)
     shortest = read_limit(fields, "max_tokens", low=0)
     max_tokens = longest or shortest
-    temperature, top_p = fields.number("temperature"), fields.number("top_p")
-    if temperature is not None and not 0 <= temperature <= 100:
-        raise wrong("temperature", "temperature must be from 0 to 100")
-    if top_p is not None and not 0 <= top_p <= 1:
-        raise wrong("top_p", "top_p must be from 0 to 1")
-    if top_p == 0:
-        # A nucleus of nothing still holds the likeliest token, as on other servers.
-        temperature, top_p = 0.0, None
-    sampling = Sampling(
-        temperature=defaults.sampling.temperature if temperature is None else temperature,
-        top_p=defaults.sampling.top_p if top_p is None else top_p,
-        seed=_read_seed(fields, defaults.sampling.seed),
-    )
     return replace(
         defaults,
         max_tokens=defaults.max_tokens if max_tokens is None else max(1, max_tokens),
         stop=fields.texts("stop", limit=_MAX_STOPS) or defaults.stop,
-        sampling=sampling,
+        sampling=_read_sampling(fields, defaults.sampling),
         mode=defaults.mode if mode is None else Mode(mode),
     )
+
+
+def _read_sampling(fields: Fields, defaults: Sampling) -> Sampling:
+    temperature = _read_number(fields, "temperature", high=100)
+    top_p = _read_number(fields, "top_p", high=1)
+    if top_p == 0:
+        # A nucleus of nothing still holds the likeliest token, as on other servers.
+        temperature, top_p = 0.0, None
+    # vLLM's number for no limit is -1, llama.cpp's is 0.
+    top_k = fields.integer("top_k", low=-1, high=MAX_TOKENS)
+    min_p = _read_number(fields, "min_p", high=1)
+    return Sampling(
+        temperature=defaults.temperature if temperature is None else temperature,
+        top_p=defaults.top_p if top_p is None else top_p,
+        top_k=defaults.top_k if top_k is None else max(0, top_k),
+        min_p=defaults.min_p if min_p is None else min_p,
+        seed=_read_seed(fields, defaults.seed),
+    )
+
+
+def _read_number(fields: Fields, name: str, *, high: float) -> float | None:
+    number = fields.number(name)
+    if number is not None and not 0 <= number <= high:
+        raise wrong(name, f"{name} must be from 0 to {high}")
+    return number
 
 
 def read_limit(fields: Fields, name: str, *, low: int) -> int | None:
