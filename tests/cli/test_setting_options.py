@@ -20,6 +20,7 @@ from mlxroute.cli.routing import RoutingRule
 from mlxroute.cli.setting_options import with_setting_options
 from mlxroute.config import load_settings
 from mlxroute.config import settings as settings_module
+from mlxroute.config.declarations import setting
 from mlxroute.config.settings import Settings, declared_settings
 from mlxroute.errors import ContextTooLong, UsageError
 from mlxroute.routers import make_router
@@ -29,9 +30,7 @@ from mlxroute.routers import make_router
 class SettingsWithFoo(Settings):
     """The settings and one more, declared by its field alone."""
 
-    foo: int | None = settings_module.setting(
-        None, "A fictitious setting.", metavar="N", commands=("ask",)
-    )
+    foo: int | None = setting(None, "A fictitious setting.", metavar="N", commands=("ask",))
 
 
 @pytest.fixture

@@ -136,7 +136,7 @@ def test_a_request_sets_the_filters_of_sampling(top_k: int) -> None:
     options = Options(sampling=Sampling(temperature=1.0, top_k=20, min_p=0.1))
     session = ServingSession(model, None, options=options)
     names = ModelNames(session, created=0)
-    filters = {"top_p": 0.9, "top_k": top_k, "min_p": 0.05}
+    filters: dict[str, Any] = {"top_p": 0.9, "top_k": top_k, "min_p": 0.05}
     sampling = read_chat(chat(**filters), session, names).answer.options.sampling
     assert sampling == Sampling(1.0, top_p=0.9, top_k=max(top_k, 0), min_p=0.05)
     assert read_chat(chat(), session, names).answer.options.sampling == options.sampling
