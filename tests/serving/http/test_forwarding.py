@@ -297,6 +297,19 @@ def test_a_stream_of_it_has_the_usual_chunks(client: TestClient) -> None:
     assert usage["usage"]["total_tokens"] == 37
 
 
+@pytest.mark.parametrize("index", [-1, None, 5])
+def test_streamed_calls_are_numbered_whatever_index_the_server_gives(
+    client: TestClient, server: Loopback, index: int | None
+) -> None:
+    calls = [{**_CALL, "index": index}, "no call", {**_CALL, "index": index, "id": "2"}]
+    message = {"role": "assistant", "content": None, "tool_calls": calls}
+    choice = {**_REPLY["choices"][0], "message": message}
+    server.script.append(Reply.of({**_REPLY, "choices": [choice]}))
+    _, chunk, *_ = read_stream(post(client, tools=_TOOLS, stream=True).text)
+    numbered = chunk["choices"][0]["delta"]["tool_calls"]
+    assert numbered == [{**_CALL, "index": 0}, {**_CALL, "index": 1, "id": "2"}]
+
+
 def test_a_stream_has_the_logprobs(client: TestClient, server: Loopback) -> None:
     logprobs = {"content": [{"token": "hi", "logprob": -0.1, "bytes": None, "top_logprobs": []}]}
     choice = {**_REPLY["choices"][0], "logprobs": logprobs}

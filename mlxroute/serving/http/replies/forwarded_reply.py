@@ -54,9 +54,9 @@ def reply_chunks(
     delta = {key: item for key, item in choice["message"].items() if key != "role"}
     calls = delta.get("tool_calls")
     if isinstance(calls, list):
-        delta["tool_calls"] = [
-            {"index": i, **call} for i, call in enumerate(calls) if isinstance(call, dict)
-        ]
+        sent = [call for call in calls if isinstance(call, dict)]
+        # Servers put -1 or null into a whole reply, and clients join the calls of one index.
+        delta["tool_calls"] = [{**call, "index": index} for index, call in enumerate(sent)]
     yield form.delta_chunk(delta, choice.get("logprobs"))
     reason = choice.get("finish_reason")
     if not isinstance(reason, str) or not reason:
