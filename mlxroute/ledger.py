@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from mlxroute.closeable import Closeable
 from mlxroute.errors import LargeUnrecorded, UsageError
+from mlxroute.safe_text import one_line_json
 from mlxroute.types import Uploads
 
 _REDACTED = "[key]"
@@ -226,7 +227,8 @@ class Ledger(Closeable):
             # A prompt ends with the answer so far, which may have begun to spell a secret.
             "body": self.secrets.redact_json(value, may_be_cut=True),
         }
-        return json.dumps(entry, ensure_ascii=False).encode(errors="replace") + b"\n"
+        text = one_line_json(json.dumps(entry, ensure_ascii=False))
+        return text.encode(errors="replace") + b"\n"
 
 
 def _open_private(path: Path) -> Any:

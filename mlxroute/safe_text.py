@@ -1,4 +1,4 @@
-"""Text from models and servers without characters that control a terminal."""
+"""Text from models and servers without characters that control a terminal or end a line."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ _REPLACEMENTS = dict.fromkeys(_CONTROLS, "") | dict.fromkeys(range(0xD800, 0xE00
 
 # They shape the characters beside them: without them words of Persian and joined emoji fall apart.
 _JOINERS = "\u200c\u200d"
+
+# Python's `splitlines` ends a line at them too; JSON has them only inside strings.
+_JSON_LINE_ENDS = re.compile("[\x85\u2028\u2029]")
 
 _READ_PER_SHOWN = 20
 
@@ -44,3 +47,8 @@ def os_error_text(error: OSError) -> str:
     if error.strerror is None:
         return str(error)
     return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+
+
+def one_line_json(json_text: str) -> str:
+    """Return JSON of one line with escapes for what some readers take for the end of a line."""
+    return _JSON_LINE_ENDS.sub(lambda match: f"\\u{ord(match[0]):04x}", json_text)

@@ -76,6 +76,14 @@ def test_the_file_holds_exactly_what_the_server_received(server: Loopback, tmp_p
     assert (uploads.requests, uploads.size_bytes) == (2, sum(map(len, received)))
 
 
+def test_an_entry_is_one_line_also_where_a_text_is_split(tmp_path: Path) -> None:
+    body = {"prompt": "a\u2028b\u2029c\x85d\x0be\x1cf\r\ng"}
+    with Ledger(tmp_path / "sent") as ledger:
+        ledger.record_request(URL, json.dumps(body).encode())
+    (line,) = (tmp_path / "sent").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["body"] == body
+
+
 def test_the_requests_of_a_probe_are_recorded_too(server: Loopback, tmp_path: Path) -> None:
     path = tmp_path / "sent"
     with Ledger(path) as ledger, LargeModel(server.url, model="m", ledger=ledger) as large:

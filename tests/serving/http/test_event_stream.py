@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
 
-from mlxroute.serving.http.replies.event_stream import EventStream
+from mlxroute.serving.http.replies.event_stream import EventStream, encode_event
 
 
 async def _parts() -> AsyncGenerator[bytes, None]:
@@ -71,3 +72,10 @@ def test_the_end_of_a_stream_is_reported(
 
     asyncio.run(reply())
     assert ends == ["end"]
+
+
+def test_an_event_is_one_line_for_clients_that_split_texts() -> None:
+    value = {"text": "a\u2028b\u2029c\x85d\x0be\x1cf\r\ng"}
+    line, end = encode_event(value).decode().splitlines()
+    assert json.loads(line.removeprefix("data: ")) == value
+    assert end == ""

@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from mlxroute.safe_text import one_line_json
 from mlxroute.serving.http.api_error import ApiError
 
 COMMENT: Final = b": keep-alive\n\n"
@@ -21,6 +22,7 @@ _T = TypeVar("_T")
 def encode_event(value: Any) -> bytes:
     """Return a JSON value as an event."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = one_line_json(text)
     return f"data: {text}\n\n".encode(errors="replace")
 
 
