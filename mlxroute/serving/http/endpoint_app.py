@@ -18,6 +18,7 @@ from mlxroute.serving.http import routes
 from mlxroute.serving.http.answer_endpoint import AnswerEndpoint, ServingLimits
 from mlxroute.serving.http.api_error import ApiError
 from mlxroute.serving.http.guard import AccessRules, Guard
+from mlxroute.serving.http.metrics import OTHER_ROUTE, count_request
 from mlxroute.serving.http.page.chat_page import read_chat_page
 from mlxroute.serving.http.replies.reply_forms import ID_HEADER
 from mlxroute.serving.http.serving_session import ServingSession
@@ -104,6 +105,7 @@ def _make_page_handler() -> routes.Handler:
 async def _on_http_error(request: Request, exc: Exception) -> Response:
     """Reply in the API's form where no route handles a request."""
     status = exc.status_code if isinstance(exc, HTTPException) else 500
+    count_request(request.app, OTHER_ROUTE, status)
     known = ", ".join(
         [*(f"{method} {path.replace(':path', '')}" for path, _, method in _ROUTES), "GET /"]
     )

@@ -18,6 +18,7 @@ from mlxroute.config.server_key import is_key
 from mlxroute.errors import UsageError
 from mlxroute.safe_text import printable_line
 from mlxroute.serving.http.api_error import ApiError
+from mlxroute.serving.http.metrics import OTHER_ROUTE, count_request
 
 # They hold no data of users: the page, and whether the endpoint is ready.
 _OPEN_PATHS: Final = frozenset({"/", "/health", "/favicon.ico"})
@@ -104,6 +105,7 @@ class Guard:
             self._check_origin(headers)
             scope.setdefault("state", {})["owner"] = self._check_key(headers, scope["path"])
         except ApiError as error:
+            count_request(scope["app"], OTHER_ROUTE, error.status)
             await error.response()(scope, receive, send)
             return
         await self._app(scope, receive, send)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -13,6 +13,9 @@ from mlxroute.serving.scheduler import AnswerScheduler
 from mlxroute.types import RunStats, Token
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+OTHER_ROUTE: Final = "other"
+"""Stands for the route of a request that no route has handled."""
+
 _CALL_BUCKETS_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _ANSWER_BUCKETS_S: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _SPEED_BUCKETS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500)
@@ -27,6 +30,12 @@ _TOTALS: Final = (
     ("cache_hits", "Prompts that began with a kept KV cache."),
     ("cache_misses", "Prompts that did not."),
 )
+
+
+def count_request(app: Any, route: str, status: int) -> None:
+    """Count a request to an application; one that still loads its models has no figures."""
+    if (endpoint := app.state.endpoint) is not None:
+        endpoint.metrics.on_request(route, status)
 
 
 class _SchedulerCollector(Collector):

@@ -18,7 +18,7 @@ from mlxroute.errors import ContextTooLong
 from mlxroute.serving.http.answer_endpoint import AnswerEndpoint, EndpointRequest
 from mlxroute.serving.http.api_error import ApiError, log_failure, to_api_error, wrong
 from mlxroute.serving.http.forwarding import forward_chat
-from mlxroute.serving.http.metrics import CONTENT_TYPE
+from mlxroute.serving.http.metrics import CONTENT_TYPE, count_request
 from mlxroute.serving.http.model_names import ModelRole
 from mlxroute.serving.http.parsing.chat_fields import ToolsNeeded, read_chat
 from mlxroute.serving.http.parsing.common_fields import AnswerFields
@@ -56,8 +56,7 @@ def route(handler: Handler) -> Handler:
         except Exception as exc:  # noqa: BLE001 - no traceback may reach a client
             log_failure(exc, request.app.state.notify)
             response = to_api_error(exc).response()
-        if (endpoint := request.app.state.endpoint) is not None:
-            endpoint.metrics.on_request(handler.__name__, response.status_code)
+        count_request(request.app, handler.__name__, response.status_code)
         return response
 
     return handle

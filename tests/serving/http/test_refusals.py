@@ -332,6 +332,18 @@ def test_keys(small: SmallModel) -> None:
         error_of(client.get(path, headers=other), 404)
 
 
+def test_requests_that_reach_no_route_are_counted(small: SmallModel) -> None:
+    owner = {"authorization": f"Bearer {_KEY}"}
+    with running(make_session(small), rules=AccessRules(keys=(_KEY,))) as client:
+        error_of(client.get("/v1/models"), 401)
+        error_of(client.get("/v1/models", headers=owner | {"host": "evil.example"}), 403)
+        error_of(client.get("/v1/any", headers=owner), 404)
+        error_of(client.get("/v1/completions", headers=owner), 405)
+        figures = client.get("/metrics", headers=owner).text
+    for status in (401, 403, 404, 405):
+        assert f'mlxroute_requests_total{{route="other",status="{status}"}} 1.0' in figures
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_endpoint_whose_decoding_has_failed_is_not_healthy(
     small: SmallModel, monkeypatch: pytest.MonkeyPatch
