@@ -73,6 +73,8 @@ class AnswerRequest:
             replies. None by default.
         answer_start: Text of the assistant's turn that the answer continues, after a conversation.
             Empty by default.
+        completes_reply: Queue it even where the queue is full: its reply has answers already. False
+            by default.
     """
 
     prompt: Sequence[Message] | str | Sequence[int]
@@ -82,3 +84,4 @@ class AnswerRequest:
     exact: bool = False
     large: LargeProtocol | None = None
     answer_start: str = ""
+    completes_reply: bool = False

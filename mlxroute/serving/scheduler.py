@@ -108,7 +108,8 @@ class AnswerScheduler(Closeable):
             if self._is_closed:
                 raise SchedulerClosed
             has_turn = len(self._running) < self._max_running and not self._queue
-            if not has_turn and len(self._queue) >= self._max_queued:
+            has_place = request.completes_reply or len(self._queue) < self._max_queued
+            if not (has_turn or has_place):
                 raise QueueFull(
                     f"{self._max_running} running and {self._max_queued} waiting answers are the"
                     " limit here; try again later"

@@ -84,6 +84,7 @@ class EndpointRequest:
         answer_start: The text of the assistant's turn that the answer continues.
         answer_id: The id of the answer.
         owner: Who may read its document; "" for everybody.
+        completes_reply: Whether its reply has answers already, so that a full queue takes it too.
     """
 
     fields: AnswerFields
@@ -91,6 +92,7 @@ class EndpointRequest:
     answer_id: str
     owner: str
     answer_start: str = ""
+    completes_reply: bool = False
 
     @property
     def is_continued(self) -> bool:
@@ -163,6 +165,7 @@ class AnswerEndpoint(Closeable):
                 exact=fields.exact,
                 large=recorder,
                 answer_start=asked.answer_start,
+                completes_reply=asked.completes_reply,
             )
         )
         models = session.model_pair

@@ -265,12 +265,16 @@ class _Reply:
             is_over.set()
 
     async def _start_after_own(self, asked: EndpointRequest) -> None:
-        """Start an answer; where the queue is full, wait for an earlier answer of this reply."""
+        """Start an answer; where the queue is full, wait for an earlier answer of this reply.
+
+        Raises QueueFull for the first answer only: a refusal would lose those that have ended.
+        """
         while True:
+            earlier = [answer for answer in self._answers if not answer.running.ended]
+            is_next = bool(self._answers) and not earlier
             try:
-                await self._start(asked)
+                await self._start(replace(asked, completes_reply=is_next))
             except QueueFull:
-                earlier = [answer for answer in self._answers if not answer.running.ended]
                 if not earlier:
                     raise
                 await earlier[0].wait()

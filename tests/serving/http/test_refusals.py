@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from starlette.testclient import TestClient
 from mlxroute.config.setting_choices import ToolPolicyName
 from mlxroute.errors import UsageError
 from mlxroute.serving import AnswerRequest
-from mlxroute.serving.http.answer_endpoint import ServingLimits
+from mlxroute.serving.http.answer_endpoint import EndpointRequest, ServingLimits
 from mlxroute.serving.http.endpoint_app import create_loading_app
 from mlxroute.serving.http.guard import AccessRules
 from mlxroute.serving.http.model_names import ModelNames
@@ -25,6 +26,7 @@ from mlxroute.serving.http.served_answer import ServedAnswer
 from mlxroute.serving.http.serving_session import ServingSession
 from mlxroute.serving.running_answer import RunningAnswer
 from mlxroute.small import SmallModel
+from tests.serving.conftest import held
 from tests.support.endpoint import HOST, chat, make_session, running
 from tests.support.scripted_models import ScriptedLarge
 
@@ -423,6 +425,32 @@ def test_a_full_queue_says_when_to_come_back(small: SmallModel) -> None:
         assert error["message"].startswith("1 running and 0 waiting answers are the limit")
         assert int(response.headers["retry-after"]) > 0
         busy.cancel()
+
+
+def test_a_reply_that_has_answers_is_completed_whatever_the_queue_holds(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits, body = ServingLimits(max_running=1, max_queued=0), {"prompt": ["the fox", "a dog"]}
+    with running(make_session(small), limits=limits) as client:
+        endpoint = client.app.state.endpoint  # type: ignore[attr-defined]
+        session, scheduler, start = endpoint.session, endpoint.scheduler, endpoint.start
+        other = AnswerRequest("def", session.make_router(None, None), session.options)
+
+        def start_beside_another(asked: EndpointRequest) -> Any:
+            if not asked.answer_id.endswith("-1"):
+                return start(asked)
+            while scheduler.figures().running:
+                time.sleep(0.001)
+            with held(scheduler):
+                scheduler.submit(other)
+                # A reply without answers is refused meanwhile.
+                error_of(client.post("/v1/completions", json=body), 429)
+                return start(asked)
+
+        monkeypatch.setattr(endpoint, "start", start_beside_another)
+        reply = client.post("/v1/completions", json=body)
+    assert reply.status_code == 200, reply.text
+    assert [choice["index"] for choice in reply.json()["choices"]] == [0, 1]
 
 
 @pytest.mark.parametrize(
