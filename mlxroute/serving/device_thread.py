@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final, cast
 
 from mlxroute.backend.device_streams import end_device_streams
 from mlxroute.errors import MlxRouteError
-from mlxroute.sequences import common_prefix_length
 from mlxroute.serving.prompts import ServedPrompt
 from mlxroute.serving.requests import SchedulerClosed
 from mlxroute.serving.sequence import DecodedSequence
+from mlxroute.serving.shared_prefixes import keep_read_part, load_prefix
 from mlxroute.serving.small_client import (
     DeviceRequest,
     Feed,
@@ -62,9 +62,8 @@ class DeviceThread:
     def __init__(self, small: SmallModel, *, cache_bytes: int) -> None:
         # They import MLX, which must follow the BLAS that loading a model opens.
         from mlxroute.small.batch_cost import RoundingBound
-        from mlxroute.small.prefix_cache import MIN_PREFIX_TOKENS, PrefixCache
+        from mlxroute.small.prefix_cache import PrefixCache
 
-        self._min_prefix = MIN_PREFIX_TOKENS
         self.small = small
         self.prefix_cache: PrefixCache = PrefixCache(cache_bytes)
         self.steps = self.batched_tokens = self.single_tokens = 0
@@ -246,7 +245,7 @@ class DeviceThread:
     def _release(self, client: SmallClient) -> None:
         def release() -> None:
             if (cache := client.sequence.release()) is not None:
-                self.prefix_cache.add(*cache)
+                self.prefix_cache.add(*cache, client.prompt.owner)
 
         self._decoding.discard(client)
         self._attempt(client, release)
@@ -260,23 +259,12 @@ class DeviceThread:
         small, ids = client.sequence.small, request.prompt_ids
         # When its turn comes, because prompts before it may begin in the same way.
         if not client.is_exact:
-            self._load_prefix(client, ids[:-1])
+            load_prefix(client, ids[:-1], self.prefix_cache, self._decoding)
         return (
             yield from small.prefill_in_parts(
                 ids, sampling=request.sampling, progress=request.progress
             )
         )
-
-    def _load_prefix(self, client: SmallClient, ids: Sequence[int]) -> None:
-        """Give a client the longest prefix of `ids` that the cache or another client holds."""
-        prefix = self.prefix_cache.find(ids)
-        length = 0 if prefix is None else len(prefix[1])
-        for other in self._decoding:
-            shared = common_prefix_length(other.sequence.ids, ids)
-            if shared > max(length, self._min_prefix - 1) and other.sequence.is_divisible:
-                prefix, length = other.sequence.copy(shared), shared
-        if prefix is not None:
-            client.sequence.load(*prefix)
 
     def _prefill_must_wait(self) -> bool:
         if self._prefill_debt_s <= 0:
@@ -290,7 +278,7 @@ class DeviceThread:
         try:
             if (reused_ids := _next_part(parts)) is not None:
                 # Answers with the same prompt may begin before this one ends.
-                self.prefix_cache.add(client.sequence.layers, client.sequence.ids)
+                keep_read_part(client, self.prefix_cache)
                 self._decoding.add(client)
                 self._reply(client, reused_ids)
         except Exception as exc:  # noqa: BLE001 - it is raised in the client's own thread

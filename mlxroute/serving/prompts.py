@@ -35,10 +35,14 @@ class PromptTokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServedPrompt:
-    """A prompt as the small model reads it; `messages` is empty for a text or token ids."""
+    """A prompt as the small model reads it; `messages` is empty for a text or token ids.
+
+    Only prompts of the same `owner` share KV caches.
+    """
 
     messages: tuple[Message, ...]
     encoded: EncodedPrompt
+    owner: str = ""
 
     @property
     def text(self) -> str:
@@ -56,10 +60,12 @@ def encode_prompt(
     prompt: Sequence[Message] | str | Sequence[int],
     *,
     answer_start: str = "",
+    owner: str = "",
 ) -> ServedPrompt:
     """Encode a conversation, a text or token ids. Thread-safe.
 
     `answer_start` is the text of the assistant's turn that the answer to a conversation continues.
+    Only prompts of the same `owner` share KV caches.
     Raises UsageError for an empty prompt or an unknown id, ContextTooLong for one that is too long.
     """
     _check_size(prompt, answer_start, small.context_length)
@@ -76,7 +82,7 @@ def encode_prompt(
     if not ids:
         raise UsageError("the prompt is empty", parameter="prompt")
     check_prompt_fits(ids, small.context_length)
-    return ServedPrompt(messages, encoded)
+    return ServedPrompt(messages, encoded, owner)
 
 
 def _check_size(

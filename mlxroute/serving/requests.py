@@ -73,6 +73,7 @@ class AnswerRequest:
             replies. None by default.
         answer_start: Text of the assistant's turn that the answer continues, after a conversation.
             Empty by default.
+        owner: Only answers of the same owner share KV caches of their prompts. Empty by default.
         completes_reply: Queue it even where the queue is full: its reply has answers already. False
             by default.
     """
@@ -84,4 +85,5 @@ class AnswerRequest:
     exact: bool = False
     large: LargeProtocol | None = None
     answer_start: str = ""
+    owner: str = ""
     completes_reply: bool = False

@@ -99,7 +99,12 @@ class AnswerScheduler(Closeable):
         Raises QueueFull if too many wait, SchedulerClosed after `close`, UsageError for an empty
         prompt and ContextTooLong for one that does not fit in the small model's context.
         """
-        prompt = encode_prompt(self._small, request.prompt, answer_start=request.answer_start)
+        prompt = encode_prompt(
+            self._small,
+            request.prompt,
+            answer_start=request.answer_start,
+            owner=request.owner,
+        )
         start = partial(self._start_answer, request, prompt)
         answer = RunningAnswer(
             request, prompt, device=self._device, start=start, leave_queue=self._leave_queue
@@ -122,14 +127,16 @@ class AnswerScheduler(Closeable):
         self,
         prompt: Sequence[Message] | str | Sequence[int],
         *,
+        owner: str = "",
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> ScoredPrompt:
         """Return how likely the small model finds a prompt, token by token; blocks until then.
 
-        Raises as `submit`, UsageError where the architecture does not allow it, and AnswerCancelled
-        once `is_stopped`, which is called before each part of the prompt, returns True.
+        `owner` as in `AnswerRequest`. Raises as `submit`, UsageError where the architecture does
+        not allow it, and AnswerCancelled once `is_stopped`, which is called before each part of the
+        prompt, returns True.
         """
-        served = encode_prompt(self._small, prompt)
+        served = encode_prompt(self._small, prompt, owner=owner)
         client = self._device.new_client(served, is_exact=True)
         try:
             signals, logprobs = client.score_prompt(is_stopped=is_stopped)

@@ -19,6 +19,7 @@ MIN_PREFIX_TOKENS: Final = 16
 class _Entry:
     layers: CacheLayers
     token_ids: array[int]
+    owner: str
     size_bytes: int
     # Whether a part of the layers from the start on is a KV cache of its own.
     is_divisible: bool
@@ -48,10 +49,11 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, layers: CacheLayers, token_ids: Sequence[int]) -> None:
+    def add(self, layers: CacheLayers, token_ids: Sequence[int], owner: str = "") -> None:
         """Keep a KV cache that holds `token_ids`; drop those that it contains or displaces.
 
-        Later changes of `layers` by their owner leave what is kept here as it is.
+        Later changes of `layers` by the sequence that uses them leave what is kept as it is. Only
+        `find` with the same `owner`, by default "", returns it.
         """
         ids = array("q", token_ids)
         is_divisible = is_plain(layers)
@@ -61,25 +63,30 @@ class PrefixCache:
         if len(ids) < MIN_PREFIX_TOKENS or size_bytes > self._max_bytes:
             return
         for key, entry in list(self._entries.items()):
+            if entry.owner != owner:
+                continue
             shared = _common_length(entry.token_ids, ids)
             if is_divisible and shared == len(ids):
                 self._entries.move_to_end(key)
                 return
             if shared == len(entry.token_ids) and (is_divisible or shared == len(ids)):
                 self._remove(key)
-        self._entries[self._next_key] = _Entry(kept, ids, size_bytes, is_divisible)
+        self._entries[self._next_key] = _Entry(kept, ids, owner, size_bytes, is_divisible)
         self._next_key += 1
         self.size_bytes += size_bytes
         while self.size_bytes > self._max_bytes:
             self._remove(next(iter(self._entries)))
 
-    def find(self, token_ids: Sequence[int]) -> tuple[CacheLayers, Sequence[int]] | None:
-        """Return a KV cache of the longest kept prefix of `token_ids`, and its ids."""
+    def find(
+        self, token_ids: Sequence[int], owner: str = ""
+    ) -> tuple[CacheLayers, Sequence[int]] | None:
+        """Return a KV cache of the longest prefix of `token_ids` kept for `owner`, and its ids."""
         ids = array("q", token_ids)
         best_key, best_length = None, MIN_PREFIX_TOKENS - 1
         for key, entry in self._entries.items():
             length = _common_length(entry.token_ids, ids)
-            is_usable = entry.is_divisible or length == len(entry.token_ids)
+            is_whole = length == len(entry.token_ids)
+            is_usable = entry.owner == owner and (entry.is_divisible or is_whole)
             if is_usable and length > best_length:
                 best_key, best_length = key, length
         if best_key is None:

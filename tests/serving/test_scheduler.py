@@ -283,6 +283,25 @@ def test_a_second_turn_reads_the_new_tokens_only(
     assert stats.cached_prompt_tokens == 0
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30], ids=["decoded", "decoded and kept"])
+def test_answers_of_different_owners_share_no_kv_cache(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch, cache_bytes: int
+) -> None:
+    with AnswerScheduler(small, None, cache_bytes=cache_bytes) as scheduler:
+        start_batch_of(3, scheduler, monkeypatch)
+        answers = [
+            scheduler.submit(replace(request(PROMPTS[3]), owner=owner)) for owner in ("a", "b", "a")
+        ]
+        cached = []
+        for answer in answers:
+            assert written(answer)
+            assert answer.stats is not None
+            cached.append(answer.stats.cached_prompt_tokens)
+    assert cached[1] == 0
+    # Whichever of the two is read first.
+    assert sorted([cached[0], cached[2]]) == [0, len(answers[0].prompt.ids) - 1]
+
+
 def test_answers_that_outgrow_the_memory_of_the_batch_go_on_alone(
     scheduler: AnswerScheduler, small: SmallModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,3 +118,17 @@ def test_a_sliding_window_is_used_whole_or_not_at_all() -> None:
     cache.clear()
     assert cache.find([*ids, 99]) is None
     assert cache.size_bytes == len(cache) == 0
+
+
+def test_a_prefix_is_found_by_its_owner_only() -> None:
+    cache = PrefixCache(1 << 20)
+    ids = list(range(40))
+    for owner, count in (("a", 40), ("b", 20)):
+        cache.add(layers_of(ids[:count]), ids[:count], owner)
+    # That of one owner neither contains nor displaces that of another.
+    assert len(cache) == 2
+    lengths = {}
+    for owner in ("a", "b", "c"):
+        match = cache.find(ids, owner)
+        lengths[owner] = None if match is None else len(match[1])
+    assert lengths == {"a": 40, "b": 20, "c": None}

@@ -83,7 +83,7 @@ class EndpointRequest:
         prompt: The conversation, or a text or token ids.
         answer_start: The text of the assistant's turn that the answer continues.
         answer_id: The id of the answer.
-        owner: Who may read its document; "" for everybody.
+        owner: Who may read its document and share its KV cache; "" for everybody.
         completes_reply: Whether its reply has answers already, so that a full queue takes it too.
     """
 
@@ -165,6 +165,7 @@ class AnswerEndpoint(Closeable):
                 exact=fields.exact,
                 large=recorder,
                 answer_start=asked.answer_start,
+                owner=asked.owner,
                 completes_reply=asked.completes_reply,
             )
         )

@@ -257,7 +257,12 @@ class _Reply:
 
     async def _score(self, asked: EndpointRequest) -> ScoredPrompt:
         is_over = threading.Event()
-        score = partial(self._endpoint.scheduler.score, asked.prompt, is_stopped=is_over.is_set)
+        score = partial(
+            self._endpoint.scheduler.score,
+            asked.prompt,
+            owner=asked.owner,
+            is_stopped=is_over.is_set,
+        )
         try:
             return await self._endpoint.run_in(self._endpoint.scorers, score)
         finally:

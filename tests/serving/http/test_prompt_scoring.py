@@ -91,7 +91,7 @@ def test_a_client_that_leaves_ends_the_scoring_of_its_prompt(
     app = create_app(make_session(small))
     scheduler = app.state.endpoint.scheduler
 
-    def endless_score(prompt: object, *, is_stopped: Callable[[], bool]) -> None:
+    def endless_score(prompt: object, *, owner: str, is_stopped: Callable[[], bool]) -> None:
         begun.set()
         end_s = time.monotonic() + 60
         while not is_stopped() and time.monotonic() < end_s:

@@ -334,6 +334,23 @@ def test_keys(small: SmallModel) -> None:
         error_of(client.get(path, headers=other), 404)
 
 
+def test_a_client_does_not_learn_what_others_asked(small: SmallModel) -> None:
+    rules = AccessRules(keys=(_KEY, _OTHER_KEY))
+    scored = {"prompt": "Thursday " * 20, "echo": True, "logprobs": 1, "max_tokens": 1}
+    with running(make_session(small), rules=rules) as client:
+
+        def cached_tokens(key: str, path: str, body: dict[str, Any]) -> int:
+            owner = {"authorization": f"Bearer {key}"}
+            reply = client.post(f"/v1/{path}", json=body, headers=owner).json()
+            count: int = reply["usage"]["prompt_tokens_details"]["cached_tokens"]
+            return count
+
+        for path, body in (("chat/completions", chat("fox " * 20)), ("completions", scored)):
+            assert cached_tokens(_KEY, path, body) == 0
+            assert cached_tokens(_OTHER_KEY, path, body) == 0
+            assert cached_tokens(_KEY, path, body) > 0
+
+
 def test_requests_that_reach_no_route_are_counted(small: SmallModel) -> None:
     owner = {"authorization": f"Bearer {_KEY}"}
     with running(make_session(small), rules=AccessRules(keys=(_KEY,))) as client:
