@@ -257,14 +257,17 @@ class DeviceThread:
     ) -> Generator[None, None, int]:
         """Run a prompt; yield after each part, return the number of ids reused."""
         small, ids = client.sequence.small, request.prompt_ids
+
+        def report(label: str, done: int, total: int | None) -> None:
+            # If the client leaves, the next try of its prompt goes on after the last whole chunk.
+            if done < len(ids) - 1 and client.sequence.is_divisible:
+                keep_read_part(client, self.prefix_cache)
+            request.progress(label, done, total)
+
         # When its turn comes, because prompts before it may begin in the same way.
         if not client.is_exact:
             load_prefix(client, ids[:-1], self.prefix_cache, self._decoding)
-        return (
-            yield from small.prefill_in_parts(
-                ids, sampling=request.sampling, progress=request.progress
-            )
-        )
+        return (yield from small.prefill_in_parts(ids, sampling=request.sampling, progress=report))
 
     def _prefill_must_wait(self) -> bool:
         if self._prefill_debt_s <= 0:

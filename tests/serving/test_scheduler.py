@@ -191,6 +191,28 @@ def test_a_prompt_that_is_read_can_be_cancelled(scheduler: AnswerScheduler) -> N
     assert figures.cache_entries == figures.steps == 0
 
 
+def test_a_prompt_whose_client_left_goes_on_after_its_last_whole_chunk(
+    scheduler: AnswerScheduler, small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request("Thursday " * 40)
+    expected = alone(small, "Thursday " * 40)
+    monkeypatch.setattr("mlxroute.small.model.PREFILL_STEP_SIZE", 32)
+    client = scheduler._device.new_client(encode_prompt(small, asked.prompt))
+
+    def leave(label: str, done: int, total: int | None) -> None:
+        if done >= 64:
+            client.cancel()
+
+    with pytest.raises(AnswerCancelled):
+        client.prefill(client.prompt.ids, sampling=Sampling(), progress=leave)
+    client.release()
+    assert scheduler.figures().cache_entries == 1
+    answer = scheduler.submit(asked)
+    assert written(answer) == expected
+    assert answer.stats is not None
+    assert answer.stats.cached_prompt_tokens == 64
+
+
 def test_the_scoring_of_a_prompt_can_be_stopped_between_its_parts(
     scheduler: AnswerScheduler,
 ) -> None:
