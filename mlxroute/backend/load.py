@@ -24,6 +24,7 @@ from mlxroute.backend.model_config import (
 from mlxroute.backend.model_files import (
     check_adapter,
     dense_float32_bytes,
+    gguf_files,
     read_tensors,
     weight_files,
 )
@@ -67,13 +68,14 @@ def memory_needed(path: Path) -> int:
     """Return the bytes of memory that a model takes on this device.
 
     Args:
-        path: Model directory, or a GGUF file, which llama.cpp loads as it is.
+        path: Model directory, or a GGUF file, which llama.cpp loads as it is, with the other parts
+            if it is one of several.
 
     Raises:
-        WeightsError: Its files cannot be read.
+        WeightsError: Its files cannot be read, or a part is missing.
     """
     if path.is_file():
-        return gguf_memory_needed(path.stat().st_size)
+        return gguf_memory_needed(sum(file.stat().st_size for file in gguf_files(path)))
     files = weight_files(path)
     if not on_cpu():
         return sum(file.stat().st_size for file in files) + OVERHEAD_BYTES

@@ -5,6 +5,7 @@ What cannot be read is a WeightsError that names the file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ _MAX_JSON_BYTES = 64 << 20
 _INDEX = "model.safetensors.index.json"
 # What a quantised weight is computed with; AWQ and GPTQ files have the last two.
 _NO_WEIGHTS = (".scales", ".biases", ".qzeros", ".g_idx")
+# How llama.cpp names the parts of a split GGUF file.
+_GGUF_PART = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf", re.DOTALL)
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
@@ -42,6 +45,23 @@ def weight_files(path: Path) -> list[Path]:
         if missing:
             raise WeightsError(f"{path} is incomplete: it has no {printable_line(missing[0])}")
     return files
+
+
+def gguf_files(path: Path) -> list[Path]:
+    """Return a GGUF file, or all parts of a split one; raise WeightsError if a part is missing."""
+    match = _GGUF_PART.fullmatch(path.name)
+    if match is None:
+        return [path]
+    parts = [
+        path.with_name(f"{match[1]}-{number:05}-of-{match[2]}.gguf")
+        for number in range(1, int(match[2]) + 1)
+    ]
+    for part in parts:
+        if not part.is_file():
+            raise WeightsError(
+                f"{path} is one part of a split GGUF, of which {part.name} is missing"
+            )
+    return parts
 
 
 def read_tensors(file: Path) -> Mapping[str, Any]:

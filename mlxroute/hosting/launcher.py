@@ -87,12 +87,13 @@ class LocalServer(Closeable):
         Raises:
             ConfigError: There is no folder for temporary files.
             NotEnoughSpace: The model does not fit in free memory.
-            WeightsError: The model's files cannot be read.
+            WeightsError: The model's files cannot be read, or one is missing.
             LaunchError: The port or the log file cannot be used, or llama.cpp is missing.
         """
         check_temporary_folder()
         if not skip_memory_check:
             check_memory(model_path, role="large")
+        model_bytes = memory_needed(model_path)
         server = choose_server(model_path)
         with _reserve(port) as bound:
             if server.takes_listening_socket:
@@ -107,7 +108,7 @@ class LocalServer(Closeable):
                 process,
                 port=bound.getsockname()[1],
                 log_path=log_path,
-                model_bytes=memory_needed(model_path),
+                model_bytes=model_bytes,
             )
 
     @property

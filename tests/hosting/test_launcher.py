@@ -19,7 +19,7 @@ import psutil
 import pytest
 import requests
 
-from mlxroute.errors import LaunchError, NotEnoughSpace
+from mlxroute.errors import LaunchError, NotEnoughSpace, WeightsError
 from mlxroute.hosting import server_choice
 from mlxroute.hosting.launcher import LocalServer
 from mlxroute.large import LargeModel
@@ -319,6 +319,33 @@ def test_a_gguf_file_too_big_for_the_memory_is_refused_with_both_sizes(
     with pytest.raises(NotEnoughSpace, match=r"needs \d+\.\d GiB .* \d+\.\d GiB are free"):
         launch(big, tmp_path)
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("skip_memory_check", [False, True])
+def test_a_missing_part_of_a_split_gguf_file_is_named(
+    skip_memory_check: bool, tiny_gguf: Path, tmp_path: Path
+) -> None:
+    first = tmp_path / "big-00001-of-00002.gguf"
+    first.write_bytes(tiny_gguf.read_bytes())
+    with pytest.raises(WeightsError, match=r"split GGUF, of which big-00002-of-00002\.gguf is mi"):
+        LocalServer.launch(
+            first,
+            cache_dir=tmp_path,
+            log_path=tmp_path / "logs" / "host.log",
+            skip_memory_check=skip_memory_check,
+        )
+    assert not (tmp_path / "logs").exists()
+
+
+def test_all_parts_of_a_split_gguf_file_have_to_fit_in_memory(
+    tiny_gguf: Path, tmp_path: Path
+) -> None:
+    first = tmp_path / "big-00001-of-00002.gguf"
+    first.write_bytes(tiny_gguf.read_bytes())
+    with (tmp_path / "big-00002-of-00002.gguf").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(NotEnoughSpace, match=r"needs \d+\.\d GiB .* \d+\.\d GiB are free"):
+        launch(first, tmp_path)
 
 
 def test_servers_at_the_same_time_have_a_log_each(tiny: Path, tmp_path: Path) -> None:
