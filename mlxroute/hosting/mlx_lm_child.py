@@ -77,6 +77,9 @@ def _serve(model: Path, *, listener: socket.socket) -> None:
     server._run_http_server = functools.partial(
         server._run_http_server, server_class=Server, handler_class=Handler
     )
+    # Whatever model a request names, this one answers: to load another would first drop it.
+    served = server.ModelDescription(model="default_model", draft="default_model", adapter=None)
+    server.ModelDescription = lambda **_: served
     # Without this, the server also offers every model in the user's hub cache.
     server.scan_cache_dir = lambda: SimpleNamespace(repos=())
     sys.argv = ["mlx_lm.server", "--model", str(model), "--log-level", "WARNING"]

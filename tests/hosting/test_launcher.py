@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -226,6 +228,26 @@ def test_mlx_lm_is_not_used_under_the_name_of_a_web_site(tiny: Path, tmp_path: P
             _status_of_post(server, host=host) for host in [*hosts, "host.docker.internal:8081"]
         ]
     assert statuses == [400, 400, 400, 400, 200, 200, 200]
+
+
+def test_mlx_lm_answers_with_its_model_whatever_model_a_request_names(
+    tiny: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    with launch(tmp_path / "link", tmp_path) as server:
+        server.wait_until_ready()
+        (listed,) = requests.get(f"{server.url}/models", timeout=5).json()["data"]
+        # It could not be loaded again.
+        (tmp_path / "model").rename(tmp_path / "moved")
+        for names in (
+            {"model": "gpt-4o"},
+            {"model": listed["id"]},
+            {"adapters": "a", "draft_model": "b"},
+            {},
+        ):
+            body = {"prompt": "a", "max_tokens": 1} | names
+            assert requests.post(f"{server.url}/completions", json=body, timeout=60).ok
 
 
 def _status_of_post(
