@@ -7,6 +7,7 @@ The kind of model decides which: `mlx_lm.server` serves a model directory, and l
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import signal
@@ -14,6 +15,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from itertools import chain, count
 from pathlib import Path
@@ -23,7 +25,7 @@ import psutil
 
 from mlxroute.backend.load import check_memory, memory_needed
 from mlxroute.closeable import Closeable
-from mlxroute.errors import LargeError, LargeUnreachable, LaunchError
+from mlxroute.errors import ConfigError, LargeError, LargeUnreachable, LaunchError
 from mlxroute.hosting.child_log import failure_reason
 from mlxroute.hosting.server_choice import choose_server
 from mlxroute.large.http.address import parse_address
@@ -32,7 +34,7 @@ from mlxroute.large.http.transport import Transport
 from mlxroute.ports import check_port_free
 from mlxroute.replace_file import make_private
 from mlxroute.types import Progress, no_progress
-from mlxroute.user_folders import check_temporary_folder
+from mlxroute.user_folders import check_temporary_folder, state_folder
 
 _POLL_S: Final = 0.1
 _STOP_GRACE_S: Final = 5.0
@@ -41,6 +43,8 @@ _EXIT_WAIT_S: Final = 1.0
 _LOADING: Final = "loading the large model"
 _STILL_LOADING: Final = 503
 _BACKLOG: Final = 16
+# Of the cache of another user, or one that is read-only.
+_DENIED: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
 _FIRST_REQUEST: Final = b'{"prompt": "1, 2, 3,", "max_tokens": 1, "temperature": 0}'
 
 
@@ -79,7 +83,8 @@ class LocalServer(Closeable):
                 `.gguf` becomes the name of the served model.
             cache_dir: Cache folder, which contains the faster BLAS.
             log_path: File for the child's output, which is overwritten. While another running
-                server writes to it, the name gets a number: `log_path` of the result.
+                server writes to it, the name gets a number, and where this user may not write it,
+                it is in the state folder or a temporary one: `log_path` of the result.
             port: Port to listen on. None (default) for a free one.
             skip_memory_check: Whether to start it even if the model needs more memory than is
                 free. False by default.
@@ -253,16 +258,30 @@ def _open_log(first: Path) -> tuple[int, Path]:
     The child inherits the lock and has it until its end.
     """
     try:
-        first.parent.mkdir(parents=True, exist_ok=True)
-        numbered = (first.with_stem(f"{first.stem}-{number}") for number in count(2))
-        for path in chain([first], numbered):
-            log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            if _claimed(log):
-                make_private(path)
-                return log, path
-            os.close(log)
+        try:
+            return _open_numbered(first)
+        except OSError as exc:
+            if exc.errno not in _DENIED:
+                raise
+        with contextlib.suppress(OSError, ConfigError):
+            return _open_numbered(state_folder() / first.name)
+        return _open_numbered(Path(tempfile.mkdtemp(prefix="mlxroute-"), first.name))
     except OSError as exc:
         raise LaunchError(f"the log file {first} cannot be written ({exc.strerror})") from exc
+
+
+def _open_numbered(first: Path) -> tuple[int, Path]:
+    """Return the first log that no other server has; its name has a number if `first` is taken."""
+    first.parent.mkdir(parents=True, exist_ok=True)
+    numbered = (first.with_stem(f"{first.stem}-{number}") for number in count(2))
+    for path in chain([first], numbered):
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with contextlib.ExitStack() as unless_claimed:
+            unless_claimed.callback(os.close, log)
+            make_private(path)
+            if _claimed(log):
+                unless_claimed.pop_all()
+                return log, path
     raise AssertionError("the numbers do not end")
 
 

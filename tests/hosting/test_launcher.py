@@ -12,6 +12,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,8 @@ import psutil
 import pytest
 import requests
 
-from mlxroute.errors import LaunchError, NotEnoughSpace, WeightsError
-from mlxroute.hosting import server_choice
+from mlxroute.errors import ConfigError, LaunchError, NotEnoughSpace, WeightsError
+from mlxroute.hosting import launcher, server_choice
 from mlxroute.hosting.launcher import LocalServer
 from mlxroute.large import LargeModel
 from mlxroute.large.dialects.mlx_lm import MlxLm
@@ -390,3 +391,42 @@ def test_a_log_that_cannot_be_written_is_one_clear_line(tiny: Path, tmp_path: Pa
     (tmp_path / "logs").write_text("a file where a folder is needed")
     with pytest.raises(LaunchError, match="log file"):
         launch(tiny, tmp_path)
+
+
+@pytest.fixture(params=[errno.EACCES, errno.EPERM, errno.EROFS])
+def _denied_log(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache of another user, or a read-only one; permissions alone do not stop root."""
+    real = os.open
+
+    def deny(path: Path, *arguments: int, **options: int) -> int:
+        if str(path).startswith(str(tmp_path / "logs")):
+            raise OSError(request.param, os.strerror(request.param), str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", deny)
+
+
+@pytest.mark.usefixtures("_denied_log")
+def test_the_log_is_in_the_state_folder_if_the_cache_may_not_be_written(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "state_folder", lambda: tmp_path / "state")
+    with launch(tiny, tmp_path) as server:
+        assert server.log_path == tmp_path / "state" / "host.log"
+        assert stat.S_IMODE(server.log_path.stat().st_mode) == 0o600
+
+
+@pytest.mark.usefixtures("_denied_log")
+def test_the_log_is_in_a_temporary_folder_if_there_is_no_state_folder(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_folder() -> Path:
+        raise ConfigError("no home folder")
+
+    monkeypatch.setattr(launcher, "state_folder", no_folder)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with launch(tiny, tmp_path) as server:
+        assert server.log_path.parent.parent == tmp_path
+        assert stat.S_IMODE(server.log_path.parent.stat().st_mode) == 0o700
