@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import sys
 from pathlib import Path
 
 import psutil
@@ -294,6 +295,21 @@ def test_a_bad_config_is_a_line_of_the_doctors_report(
     assert "FAIL config" in report
     assert "'threshold'" in report
     assert "GiB free" in report
+
+
+def test_an_mlx_that_cannot_be_imported_is_a_line_of_the_doctors_report(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    reachable_sources: None,
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlx.core", None)
+    assert main(["doctor", "--cache-dir", str(tmp_path)]) == 2
+    report = capsys.readouterr().out
+    assert "FAIL device" in report
+    assert "MLX cannot be used: import of mlx.core" in report
+    assert "GiB free" in report
+    assert str(tmp_path) in report
 
 
 @pytest.mark.parametrize(

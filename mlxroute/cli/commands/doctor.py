@@ -22,6 +22,7 @@ from mlxroute.config import (
     read_prices,
 )
 from mlxroute.errors import MlxRouteError
+from mlxroute.safe_text import error_text
 from mlxroute.user_folders import cache_folder
 
 if TYPE_CHECKING:
@@ -102,15 +103,23 @@ def _check_device(cache_dir: Path) -> list[DoctorCheck]:
     from mlxroute.backend import blas, memory
 
     line = blas.interpose(cache_dir)
-    import mlx.core as mx
-
-    checks = [DoctorCheck("device", f"{mx.default_device()}, {os.cpu_count()} cores")]
+    checks = [_check_mlx()]
     if line:
         checks.append(DoctorCheck("BLAS", line.removeprefix("BLAS: ")))
     available = memory.available_bytes()
     text = f"{available / 2**30:.1f} GiB free"
     checks.append(DoctorCheck("memory", text, is_good=available > 2**30))
     return checks
+
+
+def _check_mlx() -> DoctorCheck:
+    try:
+        import mlx.core as mx
+
+        device = mx.default_device()
+    except Exception as exc:  # noqa: BLE001
+        return DoctorCheck("device", f"MLX cannot be used: {error_text(exc)}", is_good=False)
+    return DoctorCheck("device", f"{device}, {os.cpu_count()} cores")
 
 
 def _check_cache(cache_dir: Path) -> DoctorCheck:
