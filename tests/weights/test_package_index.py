@@ -313,6 +313,26 @@ def test_a_disk_that_is_full_for_pip_is_no_fault_of_the_index(
         get(model, tmp_path)
 
 
+def test_a_model_that_is_too_large_as_converted_is_refused_before_it_is_fetched(
+    site: Site, model: Model, tmp_path: Path, without_pip: list[str]
+) -> None:
+    def check_size(size: weights.WeightsSize) -> None:
+        if size.stored_bytes > model.hub_bytes:
+            raise NotEnoughSpace(f"{size.name} is too large")
+
+    with pytest.raises(NotEnoughSpace, match="tiny is too large"):
+        weights.resolve(
+            "tiny",
+            catalog=Catalog((model,), ()),
+            cache_dir=tmp_path,
+            offline=False,
+            progress=Journal().progress,
+            notify=no_notice,
+            check_size=check_size,
+        )
+    assert without_pip == []
+
+
 def as_toml(model: Model) -> str:
     assert model.index is not None
     parts = ", ".join(
