@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import shutil
 import threading
 import time
@@ -26,12 +25,18 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mlxroute.errors import CorruptWeights, WeightsError
-from mlxroute.safe_text import error_text
+from mlxroute.safe_text import error_text, printable_line
 from mlxroute.types import Notify, Progress, no_notice
 from mlxroute.untrusted_text import TextFile, parse_json
-from mlxroute.weights.byte_counter import ByteCounter
+from mlxroute.weights.byte_counter import ByteCounter, git_id_of, sha256_of
 from mlxroute.weights.daemon_tasks import DaemonTasks
-from mlxroute.weights.hub_listing import REFUSALS, fetch_listing, gate_reason, http_status
+from mlxroute.weights.hub_listing import (
+    REFUSALS,
+    fetch_listing,
+    gate_reason,
+    http_status,
+    unreachable,
+)
 from mlxroute.weights.request import (
     PARALLEL_DOWNLOADS,
     STALL_TIMEOUT_S,
@@ -39,7 +44,7 @@ from mlxroute.weights.request import (
     WeightsSize,
     accept_any_size,
 )
-from mlxroute.weights.store import disk_errors, require_space, sha256_of
+from mlxroute.weights.store import disk_errors, require_space
 
 _POLL_S = 0.2
 # The client reports bytes once per chunk; on a slow line its 10 MiB look like a stalled download.
@@ -98,14 +103,18 @@ def fetch_snapshot(
             default.
 
     Raises:
-        SourceUnreachable: The hub does not answer within five seconds, or lacks the model.
+        SourceUnreachable: The hub does not answer within five seconds, lacks the model, or lists no
+            hash of a file.
         CorruptWeights: A file differs from the hub's listing.
         WeightsError: The repository has no MLX weights, or the download fails or stalls.
     """
     info, token = fetch_listing(hub_id, notify=notify)
     files = {
         entry.rfilename: _ListedFile(
-            entry.size or 0, entry.lfs.sha256 if entry.lfs else None, entry.blob_id
+            entry.size or 0,
+            entry.lfs.sha256 if entry.lfs else None,
+            # That of a large file is of a pointer to it.
+            None if entry.lfs else entry.blob_id,
         )
         for entry in info.siblings or ()
         if "/" not in entry.rfilename
@@ -113,6 +122,9 @@ def fetch_snapshot(
     }
     if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
         raise WeightsError(f"{hub_id} on the hub has no config.json with model*.safetensors")
+    for name, file in files.items():
+        if file.sha256 is None and file.blob_id is None:
+            raise unreachable(f"it lists no hash to verify {printable_line(name)} of {hub_id} with")
     with disk_errors(folder):
         # The client does not resume files of an earlier run; they only take up space.
         for unfinished in folder.rglob("*.incomplete"):
@@ -286,9 +298,7 @@ def _verify(path: Path, listed: _ListedFile, hub_id: str, on_bytes: Callable[[in
     if listed.sha256 is not None:
         intact = sha256_of(path, on_bytes=on_bytes) == listed.sha256
     else:
-        content = path.read_bytes()
-        blob = b"blob %d\0" % len(content) + content
-        intact = hashlib.sha1(blob, usedforsecurity=False).hexdigest() == listed.blob_id
+        intact = git_id_of(path, on_bytes=on_bytes) == listed.blob_id
     if not intact:
         path.unlink()
         raise CorruptWeights(

@@ -66,7 +66,7 @@ def fetch_listing(hub_id: str, *, notify: Notify) -> tuple[ModelInfo, bool | Non
     except SourceUnreachable as exc:
         if gated is not None:
             raise gated from exc
-        raise _unreachable(
+        raise unreachable(
             f"{refusal}, and lists no public repository {hub_id}; renew the token, or remove it"
         ) from exc
     notify(f"hub: {refusal}; fetching {hub_id}, which is public, without it")
@@ -79,7 +79,7 @@ def _request_listing(hub_id: str, token: bool | None) -> ModelInfo:
     The request runs in a daemon thread, because a name look-up has no timeout.
     """
     if constants.ENDPOINT in _unresponsive_hubs:
-        raise _unreachable("it did not answer an earlier request")
+        raise unreachable("it did not answer an earlier request")
     options: dict[str, Any] = {"files_metadata": True, "timeout": ANSWER_TIMEOUT_S, "token": token}
     try:
         ask = partial(HfApi().model_info, hub_id, **options)
@@ -87,17 +87,17 @@ def _request_listing(hub_id: str, token: bool | None) -> ModelInfo:
             return _check_listing(request.next_result(ANSWER_TIMEOUT_S))
     except Empty as exc:
         _unresponsive_hubs.add(constants.ENDPOINT)
-        raise _unreachable(f"no answer within {ANSWER_TIMEOUT_S:.0f} s") from exc
+        raise unreachable(f"no answer within {ANSWER_TIMEOUT_S:.0f} s") from exc
     except OfflineModeIsEnabled as exc:
-        raise _unreachable("HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids to reach it") from exc
+        raise unreachable("HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids to reach it") from exc
     except GatedRepoError as exc:
-        raise _unreachable(gate_reason(hub_id)) from exc
+        raise unreachable(gate_reason(hub_id)) from exc
     except RepositoryNotFoundError as exc:
-        raise _unreachable(f"no repository {hub_id} (a private one needs HF_TOKEN)") from exc
+        raise unreachable(f"no repository {hub_id} (a private one needs HF_TOKEN)") from exc
     except HFValidationError as exc:
-        raise _unreachable(f"no repository can be named {hub_id}") from exc
+        raise unreachable(f"no repository can be named {hub_id}") from exc
     except _FAILURES as exc:
-        raise _unreachable(_failure_reason(exc)) from exc
+        raise unreachable(_failure_reason(exc)) from exc
 
 
 def _failure_reason(exc: Exception) -> str:
@@ -127,8 +127,8 @@ def _check_listing(info: ModelInfo) -> ModelInfo:
     return info
 
 
-def _unreachable(reason: str) -> SourceUnreachable:
-    """Return the error for a hub that gives no listing; it names the variable that replaces it."""
+def unreachable(reason: str) -> SourceUnreachable:
+    """Return the error for a hub that gives no usable listing; it names what HF_ENDPOINT is."""
     return SourceUnreachable(f"hub: {reason}{_mirror_note()}")
 
 

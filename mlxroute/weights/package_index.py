@@ -25,9 +25,9 @@ from mlxroute.catalog import IndexPart, IndexSource
 from mlxroute.errors import CorruptWeights, SourceUnreachable, WeightsError
 from mlxroute.safe_text import printable_line
 from mlxroute.types import Progress
-from mlxroute.weights.byte_counter import ByteCounter
+from mlxroute.weights.byte_counter import CHUNK_BYTES, ByteCounter, sha256_of
 from mlxroute.weights.request import ANSWER_TIMEOUT_S, PARALLEL_DOWNLOADS, STALL_TIMEOUT_S
-from mlxroute.weights.store import CHUNK_BYTES, disk_errors, disk_full, require_space, sha256_of
+from mlxroute.weights.store import disk_errors, disk_full, require_space
 
 _RAW_PROGRESS = re.compile(r"Progress (\d+) of (\d+)")
 _ERROR = "ERROR: "

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -25,11 +24,10 @@ from mlxroute.errors import CorruptWeights, NotEnoughSpace, WeightsError
 from mlxroute.replace_file import replace_file
 from mlxroute.types import Notify, Progress
 from mlxroute.untrusted_text import TextFile, parse_json
-from mlxroute.weights.byte_counter import ByteCounter
+from mlxroute.weights.byte_counter import ByteCounter, sha256_of
 
 MANIFEST = "mlxroute-manifest.json"
 MANIFEST_VERSION = 1
-CHUNK_BYTES = 4 << 20
 _MAX_MANIFEST_BYTES = 16 << 20
 
 # What `flock` raises on file systems without locks, such as some network ones.
@@ -312,17 +310,6 @@ def record_file(path: Path, *, sha256: str | None = None) -> FileRecord:
     """Return the record of a file; hash the file if its SHA-256 is not given."""
     stat = path.stat()
     return FileRecord(stat.st_size, sha256 or sha256_of(path), stat.st_mtime_ns)
-
-
-def sha256_of(path: Path, *, on_bytes: Callable[[int], None] | None = None) -> str:
-    """Return the SHA-256 of a file in hexadecimal; `on_bytes` receives the size of each chunk."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-            if on_bytes is not None:
-                on_bytes(len(chunk))
-    return digest.hexdigest()
 
 
 def require_space(folder: Path, needed: int, *, purpose: str) -> None:

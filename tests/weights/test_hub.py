@@ -19,12 +19,12 @@ import pytest
 
 from mlxroute import weights
 from mlxroute.catalog import Catalog
-from mlxroute.errors import CorruptWeights, NotEnoughSpace, WeightsError
+from mlxroute.errors import CorruptWeights, NotEnoughSpace, SourceUnreachable, WeightsError
 from mlxroute.types import Notify, no_notice
+from mlxroute.weights import byte_counter, hub_listing
 from mlxroute.weights import hub as hub_module
-from mlxroute.weights import hub_listing
 from mlxroute.weights.request import ANSWER_TIMEOUT_S, STALL_TIMEOUT_S
-from tests.support.hub_server import REVISION, Site, SiteServer
+from tests.support.hub_server import REVISION, Site, SiteServer, git_blob_id
 
 HUB_ID = "some-org/tiny-model"
 FILES = {
@@ -278,6 +278,36 @@ def test_an_answer_that_is_no_listing_is_named(hub: Site, tmp_path: Path, listin
     hub.listing = listing
     with pytest.raises(WeightsError, match="its answer is not a listing of files"):
         get(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "hashes", [{}, {"blobId": "of a pointer", "lfs": {"size": 1, "sha256": None, "pointerSize": 1}}]
+)
+def test_a_hub_that_lists_no_hash_of_a_file_is_not_used(
+    hashes: dict[str, object], hub: Site, tmp_path: Path
+) -> None:
+    siblings = [
+        {"rfilename": name, "size": len(content)}
+        | (hashes if name == "config.json" else {"blobId": git_blob_id(content)})
+        for name, content in FILES.items()
+    ]
+    hub.listing = json.dumps({"id": HUB_ID, "sha": REVISION, "siblings": siblings}).encode()
+    message = f"hub: it lists no hash to verify config.json of {HUB_ID} with; HF_ENDPOINT is"
+    with pytest.raises(SourceUnreachable, match=message):
+        get(tmp_path / "cache")
+    assert not any("resolve" in request for request in hub.requests)
+
+
+def test_a_file_with_a_hash_of_git_is_read_in_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(byte_counter, "CHUNK_BYTES", 4)
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(b"0123456789")
+    sizes: list[int] = []
+    listed = hub_module._ListedFile(10, None, git_blob_id(file.read_bytes()))
+    hub_module._verify(file, listed, HUB_ID, sizes.append)
+    assert sizes == [4, 4, 2]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ from mlxroute.errors import (
 )
 from mlxroute.replace_file import replace_file
 from mlxroute.types import no_notice, no_progress
-from mlxroute.weights.store import Manifest, Store, disk_errors, record_file, sha256_of
+from mlxroute.weights.byte_counter import sha256_of
+from mlxroute.weights.store import Manifest, Store, disk_errors, record_file
 from tests.support.gguf_files import TinyModel, write_gguf
 
 
