@@ -116,7 +116,7 @@ class Store:
             table = parse_json(file.read(), strict=False)
             return _manifest(table) if table["version"] == MANIFEST_VERSION else None
         except (WeightsError, OSError, ValueError, LookupError, TypeError, AttributeError) as exc:
-            raise _damaged(MANIFEST, name, "it cannot be read") from exc
+            raise _damaged(path, name, "it cannot be read") from exc
 
     def check(self, key: str, manifest: Manifest) -> None:
         """Compare the files with the manifest by size and time; hash those with a new time.
@@ -126,10 +126,10 @@ class Store:
         touched = {}
         for file, record in manifest.files.items():
             path = self.model_dir(key) / file
-            stat = _stat_file(path, file, manifest, record)
+            stat = _stat_file(path, manifest, record)
             if stat.st_mtime_ns != record.mtime_ns:
                 if sha256_of(path) != record.sha256:
-                    raise _damaged(file, manifest.name, "its content has changed")
+                    raise _damaged(path, manifest.name, "its content has changed")
                 touched[file] = FileRecord(record.size, record.sha256, stat.st_mtime_ns)
         # A copied cache has new times. Record them, or every start would hash all files again.
         if touched:
@@ -144,9 +144,9 @@ class Store:
         )
         for file, record in manifest.files.items():
             path = self.model_dir(key) / file
-            _stat_file(path, file, manifest, record)
+            _stat_file(path, manifest, record)
             if sha256_of(path, on_bytes=counter.add) != record.sha256:
-                raise _damaged(file, manifest.name, "its content has changed")
+                raise _damaged(path, manifest.name, "its content has changed")
 
     def commit(self, key: str, staged: Path, manifest: Manifest) -> Path:
         """Move a staged model to its final folder in one rename.
@@ -357,20 +357,21 @@ def _format_bytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
-def _stat_file(path: Path, file: str, manifest: Manifest, record: FileRecord) -> os.stat_result:
+def _stat_file(path: Path, manifest: Manifest, record: FileRecord) -> os.stat_result:
     """Return a cached file's status; raise CorruptWeights if it is missing or has another size."""
     try:
         stat = path.stat()
     except OSError as exc:
-        raise _damaged(file, manifest.name, "it is missing") from exc
+        raise _damaged(path, manifest.name, "it is missing") from exc
     if stat.st_size != record.size:
-        raise _damaged(file, manifest.name, f"{stat.st_size} bytes instead of {record.size}")
+        raise _damaged(path, manifest.name, f"{stat.st_size} bytes instead of {record.size}")
     return stat
 
 
-def _damaged(file: str, name: str, reason: str) -> CorruptWeights:
-    flag = " --gguf" if file.endswith(".gguf") else ""
+def _damaged(path: Path, name: str, reason: str) -> CorruptWeights:
+    # The key of a file for llama.cpp is its name.
+    flag = " --gguf" if path.parent.name.endswith(".gguf") else ""
     return CorruptWeights(
-        f"cached file {file} of {name} is damaged ({reason}): "
+        f"cached file {path.name} of {name} is damaged ({reason}): "
         f"run `mlxroute pull {name}{flag}` to fetch it again"
     )

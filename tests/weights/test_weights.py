@@ -260,6 +260,15 @@ def test_a_gguf_file_of_a_changed_entry_replaces_the_cached_one(
     assert len(fetched) == 2
 
 
+def test_the_repair_of_a_gguf_file_with_a_damaged_manifest_fetches_the_file(
+    tmp_path: Path,
+) -> None:
+    folder = cached(tmp_path, "my-model.gguf", "package index")
+    (folder / "mlxroute-manifest.json").write_text("{")
+    with pytest.raises(CorruptWeights, match="run `mlxroute pull my-model --gguf` to fetch it"):
+        get("my-model", entry("me/new", "abc"), tmp_path, as_gguf=True)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
