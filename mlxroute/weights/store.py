@@ -1,7 +1,8 @@
 """The model cache on disk: finished models, staging folders, manifests and locks.
 
 <cache>/models/<key>/    a finished model with its manifest; created by renaming a staging folder
-<cache>/staging/<key>/   an unfinished download or conversion, kept so that it can be resumed
+<cache>/staging/<key>/   an unfinished download or conversion, kept so that it can be resumed;
+                         without file locks, <key>.<machine>.<process id>
 <cache>/locks/<key>      locked while a process fetches that model
 """
 
@@ -12,13 +13,15 @@ import errno
 import fcntl
 import json
 import os
+import platform
+import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import psutil
 
 from mlxroute.errors import CorruptWeights, NotEnoughSpace, WeightsError
 from mlxroute.replace_file import replace_file
@@ -29,6 +32,8 @@ from mlxroute.weights.byte_counter import ByteCounter, sha256_of
 MANIFEST = "mlxroute-manifest.json"
 MANIFEST_VERSION = 1
 _MAX_MANIFEST_BYTES = 16 << 20
+# Begins the name of a finished model that is being deleted, in `staging`.
+_DISCARDED = ".discarded-"
 
 # What `flock` raises on file systems without locks, such as some network ones.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -84,6 +89,7 @@ class Store:
         folder = self.root / "staging" / key
         self._check_disk()
         with disk_errors(self.root):
+            self._remove_discarded()
             folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -182,12 +188,15 @@ class Store:
         with disk_errors(self.root):
             if target.exists():
                 (self.root / "staging").mkdir(exist_ok=True)
-                discarded = Path(tempfile.mkdtemp(dir=self.root / "staging"))
                 with contextlib.suppress(FileNotFoundError):
-                    target.rename(discarded / "model")
-                shutil.rmtree(discarded, ignore_errors=True)
+                    target.rename(self.root / "staging" / f"{_DISCARDED}{os.urandom(8).hex()}")
+            self._remove_discarded()
 
-    @contextmanager
+    def _remove_discarded(self) -> None:
+        for folder in (self.root / "staging").glob(f"{_DISCARDED}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextlib.contextmanager
     def lock(self, key: str, *, notify: Notify) -> Iterator[str]:
         """Lock a model for this process; if another has the lock, notify the user and wait.
 
@@ -197,16 +206,34 @@ class Store:
         folder = self.root / "locks"
         with disk_errors(self.root):
             folder.mkdir(parents=True, exist_ok=True)
-            handle = _locked(folder / key, lambda: notify(_waiting(key)))
+            waiting = f"waiting for another mlxroute that is fetching {key}"
+            handle = _locked(folder / key, lambda: notify(waiting))
         if handle is None:
             notify(f"{self.root} is on a file system without locks; continuing without one")
+            yield self._unshared_key(key)
+            return
         try:
-            yield key if handle is not None else f"{key}.{os.getpid()}"
+            yield key
         finally:
-            if handle is not None:
-                # Removed while it is locked: `_locked` opens the file again if it is gone.
-                with handle, contextlib.suppress(OSError):
-                    (folder / key).unlink()
+            # Removed while it is locked: `_locked` opens the file again if it is gone.
+            with handle, contextlib.suppress(OSError):
+                (folder / key).unlink()
+
+    def _unshared_key(self, key: str) -> str:
+        """Return the key of a staging folder of this process, which takes over that of a dead one.
+
+        The folders of other machines stay: a process id is of one machine.
+        """
+        prefix = f"{key}.{platform.node().replace('/', '-')}."
+        own = f"{prefix}{os.getpid()}"
+        for folder in (self.root / "staging").glob("*"):
+            match = re.fullmatch(rf"{re.escape(prefix)}(\d{{1,7}})", folder.name)
+            if match and not psutil.pid_exists(int(match[1])):
+                try:
+                    folder.rename(folder.with_name(own))
+                except OSError:
+                    shutil.rmtree(folder, ignore_errors=True)
+        return own
 
     def remove_staging(self, staging_key: str) -> None:
         """Remove a staging folder with its files."""
@@ -244,10 +271,6 @@ def _remove_empty(path: Path) -> None:
             path.rmdir()
         elif path.stat().st_size == 0:
             path.unlink()
-
-
-def _waiting(key: str) -> str:
-    return f"waiting for another mlxroute that is fetching {key}"
 
 
 def _locked(path: Path, on_wait: Callable[[], None]) -> BinaryIO | None:
@@ -329,7 +352,7 @@ def require_space(folder: Path, needed: int, *, purpose: str) -> None:
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
     """Translate OSError to WeightsError or NotEnoughSpace; the message names the cache folder."""
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -546,6 +547,47 @@ def test_a_file_system_without_locks_is_said(
     assert lines == [
         f"{tmp_path / 'cache'} is on a file system without locks; continuing without one"
     ]
+
+
+def test_without_locks_the_staging_folder_of_a_killed_process_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def dead_pid() -> int:
+        with subprocess.Popen([sys.executable, "-c", ""]) as process:
+            pass
+        return process.pid
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    here, dead = platform.node(), dead_pid()
+    others = {f"tiny.{here}.1", f"tiny.elsewhere.{dead}", f"tiny-2.{here}.{dead}"}
+    for name in (*others, f"tiny.{here}.{dead}", f"tiny.{here}.{dead_pid()}"):
+        (tmp_path / "staging" / name).mkdir(parents=True)
+        (tmp_path / "staging" / name / "model.gguf").write_text("half")
+    store = Store(tmp_path)
+    with store.lock("tiny", notify=no_notice) as key:
+        assert (store.staging_dir(key) / "model.gguf").read_text() == "half"
+        assert {path.name for path in (tmp_path / "staging").iterdir()} == {key, *others}
+
+
+def test_what_a_killed_process_was_deleting_is_gone_before_the_next_fetch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    cached(tmp_path, "tiny", "here")
+    store = Store(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.discard("tiny")
+    assert list((tmp_path / "staging").iterdir())
+    assert not store.model_dir("tiny").exists()
+    staging = store.staging_dir("tiny")
+    assert list((tmp_path / "staging").iterdir()) == [staging]
 
 
 def test_several_threads_replace_one_file(tmp_path: Path) -> None:
