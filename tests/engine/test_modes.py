@@ -16,7 +16,7 @@ from mlxroute.engine.experience import MovingAverage
 from mlxroute.errors import LargeError, LargeUnsendable
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import Event, Mode, Provisional, Retracted, RunStats, Source, Token
-from tests.support.scripted_models import FakeClock, signals
+from tests.support.scripted_models import FakeClock, ScriptedLarge, ScriptedSmall, signals
 from tests.support.worlds import World, WorldLarge, WorldSmall
 
 _MESSAGES = [{"role": "user", "content": "hi"}]
@@ -152,7 +152,9 @@ _WORLDS = st.builds(
     order=st.integers(0, 1 << 30),
     stop=st.sampled_from([(), ("ab",), ("a.a", "bb"), ("é.",)]),
     max_tokens=st.sampled_from([1, 2, 17, 40]),
-    never_send=st.sampled_from([(), (re.compile(r"b\.b"),)]),
+    never_send=st.sampled_from(
+        [(), *((re.compile(pattern),) for pattern in (r"b\.b", r"bb\b", r"b$"))]
+    ),
     prefetch=st.sampled_from([1, 4, 8]),
     budget=st.sampled_from([None, None, 0.1, 0.4]),
     accept_within=st.sampled_from([0.0, 0.2]),
@@ -247,6 +249,34 @@ def test_prefetched_tokens_save_calls_where_the_answer_follows_the_large_model()
     assert ahead.stats.calls * 4 < plain.stats.calls
     assert ahead.stats.prefetch_used == ahead.stats.escalated - ahead.stats.calls
     assert ahead.stats.prefetch_generated == 8 * ahead.stats.calls
+
+
+@pytest.mark.parametrize("seed", [1, 7])
+def test_a_match_on_one_branch_is_not_forgotten_while_others_are_searched(seed: int) -> None:
+    world = World(seed, agreement=0.0, loss=0.0, end=0.0, doubt=0.6, max_call_s=30.0)
+    never_send = (re.compile(r"bb\b"),)
+    waited, hedged = (
+        run(world, mode=mode, never_send=never_send) for mode in (Mode.WAIT, Mode.HEDGE)
+    )
+    assert waited.stats.withheld > 1
+    assert hedged.stats.text == waited.stats.text
+    assert hedged.stats.withheld == waited.stats.withheld
+
+
+@pytest.mark.parametrize("mode", [Mode.WAIT, Mode.OVERLAP])
+def test_a_match_on_a_branch_that_was_dropped_keeps_nothing_local(mode: Mode) -> None:
+    clock = FakeClock()
+    answer = Answer(
+        ScriptedSmall(b"abcd", entropies=dict.fromkeys(range(3), 2.0)),
+        # The first token begins as the small model's own, after which the pattern matched.
+        ScriptedLarge([b"ax", b"y"], clock=clock, seconds=5.0),
+        _MESSAGES,
+        router=EntropyRouter(1.0),
+        options=Options(**(_OPTIONS | {"mode": mode, "never_send": (re.compile("a$"),)})),
+        clock=clock,
+    )
+    assert "".join(token.text for token in answer) == "axyd"
+    assert answer.stats().withheld == 0
 
 
 @pytest.mark.parametrize("mode", [Mode.WAIT, Mode.OVERLAP])

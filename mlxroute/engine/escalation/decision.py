@@ -110,6 +110,8 @@ class Decider:
         self._eos_ids = vocabulary.eos_ids
         self._accept_within = accept_within
         self._never_send = never_send
+        # Why a committed position was withheld, and so is each later one.
+        self._withheld_reason: str | None = None
         self._experience = experience
         self._prefetched = prefetched
 
@@ -119,8 +121,13 @@ class Decider:
         return self._router.state
 
     def on_committed(self, decision: Decision) -> None:
-        """Advance the router past a committed decision; make no more calls after a refusal."""
+        """Advance the router past a committed decision.
+
+        No more calls are made after a refused or a withheld position.
+        """
         self._router.state = decision.state_after
+        if decision.withheld:
+            self._withheld_reason = decision.unchecked_reason
         if decision.refusal is not None:
             self._calls.refuse(decision.refusal)
         for tokens in self._prefetched.take_finished():
@@ -146,22 +153,22 @@ class Decider:
         return state.is_borderline(small_choice.score, band * self._router.gain)
 
     def decide_without_call(
-        self, small_choice: Decision, transcript: Transcript, refusal: LargeError | None = None
+        self, small_choice: Decision, transcript: Transcript, earlier: Sequence[Decision] = ()
     ) -> Decision | None:
         """Return the decision that needs no call; None if the position needs one.
 
         That is the small model's token if the router keeps it, a never-send pattern matches or the
-        answer has no calls left, and a large token that an earlier call prefetched. `refusal` is
-        that of an earlier position that is not committed yet; None, the default, without one.
+        answer has no calls left, and a large token that an earlier call prefetched. `earlier` are
+        the decisions of the positions before it that are not committed yet; none by default.
         """
         if small_choice.judgement is not Judgement.ESCALATE:
             return small_choice
+        refusal = next((item.refusal for item in earlier if item.refusal is not None), None)
         if refusal is not None or not self._calls.is_open:
             return self.leave_unchecked(small_choice, refusal)
-        if self._never_send.has_patterns:
-            number = self._never_send.match(transcript.text)
-            if number is not None:
-                return _withhold(small_choice, number)
+        reason = self._find_withheld_reason(transcript, earlier)
+        if reason is not None:
+            return _withhold(small_choice, reason)
         if transcript.ends_in_character:
             return None
         return self.decide_from_prefetched(small_choice, transcript.ids)
@@ -224,6 +231,21 @@ class Decider:
         )
         return replace(small_choice, escalation=escalation, checked=False, error=outcome.error)
 
+    def _find_withheld_reason(
+        self, transcript: Transcript, earlier: Sequence[Decision]
+    ) -> str | None:
+        """Return which never-send pattern matches the context, or matched before; else None.
+
+        What matched on another branch does not count, since `wait` never asks for its positions.
+        """
+        if self._withheld_reason is not None or not self._never_send.has_patterns:
+            return self._withheld_reason
+        for decision in earlier:
+            if decision.withheld:
+                return decision.unchecked_reason
+        number = self._never_send.match(transcript.text)
+        return None if number is None else f"withheld: never-send pattern {number}"
+
     def _escalate(
         self,
         small_choice: Decision,
@@ -260,10 +282,9 @@ class Decider:
         return token.logprob - logprob <= self._accept_within
 
 
-def _withhold(small_choice: Decision, pattern: int) -> Decision:
+def _withhold(small_choice: Decision, reason: str) -> Decision:
     """Return the decision to keep a position local because a never-send pattern matches."""
-    failure = f"withheld: never-send pattern {pattern}"
     escalation = Escalation(
-        small_choice.signals.token_id, None, failure, latency_s=0.0, withheld=True
+        small_choice.signals.token_id, None, reason, latency_s=0.0, withheld=True
     )
     return replace(small_choice, escalation=escalation, checked=False)

@@ -30,8 +30,7 @@ class NeverSend:
 
     `texts` are the messages of the prompt; they are searched too, because a chat template may
     change them. Texts are searched as they are and in the forms of Unicode that look the same. A
-    pattern that cannot be searched in time counts as a match. A match in a context holds for every
-    later context that begins with it.
+    pattern that cannot be searched in time counts as a match.
     """
 
     def __init__(self, patterns: Sequence[re.Pattern[str]], texts: Sequence[str]) -> None:
@@ -39,8 +38,6 @@ class NeverSend:
         self._texts = tuple(texts)
         self._texts_match: int | None = None
         self._are_texts_searched = False
-        # The beginning that a context must have for the match to hold, and the pattern's number.
-        self._last_match: tuple[str, int] | None = None
 
     @property
     def has_patterns(self) -> bool:
@@ -52,21 +49,15 @@ class NeverSend:
 
         Text without a match is searched again only where new text may complete one.
         """
-        if self._last_match is not None and context.startswith(self._last_match[0]):
-            return self._last_match[1]
-        self._last_match = self._search(context)
-        return None if self._last_match is None else self._last_match[1]
-
-    def _search(self, context: str) -> tuple[str, int] | None:
         if not self._are_texts_searched:
             self._are_texts_searched = True
             self._texts_match = _search_texts(self._patterns, self._texts)
         if self._texts_match is not None:
-            return "", self._texts_match
+            return self._texts_match
         forms, folded = text_forms(context), fold_text(context)
         for number, pattern in enumerate(self._patterns, start=1):
             if pattern.matches(forms, folded):
-                return context, number
+                return number
         return None
 
 

@@ -193,7 +193,8 @@ class AheadLoop:
         """
         context, transcript = self._context, self._branches.transcript(branch)
         position = Position(len(transcript), small_choice, None, transcript.ends_in_character)
-        decision = context.decider.decide_without_call(small_choice, transcript, branch.refusal)
+        earlier = [step.decision for step in branch.steps]
+        decision = context.decider.decide_without_call(small_choice, transcript, earlier)
         if decision is not None:
             position.final = decision
             self._branches.append(branch, position, decision)

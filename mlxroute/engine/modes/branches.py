@@ -10,7 +10,6 @@ from mlxroute.engine.escalation.calls import Call
 from mlxroute.engine.escalation.decision import Decision
 from mlxroute.engine.modes.decode_context import append_decision
 from mlxroute.engine.transcript import Transcript
-from mlxroute.errors import LargeError
 from mlxroute.types import Signals
 
 
@@ -80,12 +79,6 @@ class Branch:
     def is_certain(self) -> bool:
         """Whether every position of the branch is decided."""
         return all(step.position.final for step in self.steps)
-
-    @property
-    def refusal(self) -> LargeError | None:
-        """Why the large model cannot take the branch; None if it may."""
-        refusals = (step.decision.refusal for step in self.steps)
-        return next((refusal for refusal in refusals if refusal is not None), None)
 
     def index_of(self, position: Position) -> int | None:
         """Return the index of the branch's step at a position, None if it has none."""
