@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
-from mlxroute.answers.document import AnswerDocument, DocumentToken, RecordedToken, TokenDecision
+from mlxroute.answers.document import (
+    AnswerDocument,
+    DocumentToken,
+    LargeChoice,
+    RecordedToken,
+    TokenDecision,
+)
 from mlxroute.engine.escalation.failures import ReplyNotRecorded
 from mlxroute.types import LargeContext, LargeToken, Uploads
 
@@ -14,13 +21,22 @@ _MAX_IN_FLIGHT = 8
 
 @dataclass(slots=True)
 class _Node:
-    """The recorded token after some ids of the answer, and the nodes of longer ones."""
+    """The recorded tokens after some ids of the answer, and the nodes of longer ones.
 
-    token: LargeToken | None = None
+    There may be several tokens, because a server may decide a near tie differently in a later call.
+    The first one counts.
+    """
+
+    tokens: list[RecordedToken] = field(default_factory=list)
     children: dict[int, _Node] = field(default_factory=dict)
 
     def child(self, token_id: int) -> _Node:
         return self.children.setdefault(token_id, _Node())
+
+    @property
+    def token(self) -> LargeToken | None:
+        """The token that a call for this position returns; None if none is recorded."""
+        return _large_token(self.tokens[0]) if self.tokens else None
 
 
 class ReplayedLarge:
@@ -49,13 +65,17 @@ class ReplayedLarge:
             for token_id in reply.then:
                 node = node.child(token_id)
             for reply_token in reply.tokens:
-                node.token = node.token or _large_token(reply_token)
+                node.tokens.append(reply_token)
                 for token_id in reply_token.ids:
                     node = node.child(token_id)
         for token in document.tokens:
+            node = nodes[token.index]
             if not token.checked:
                 # A reply to an earlier position may reach beyond one that was withheld.
-                nodes[token.index].token = None
+                node.tokens.clear()
+            elif token.large is not None:
+                # The answer had one of them, and need not have had the one of the earliest call.
+                node.tokens.sort(key=partial(_likeness, token.large), reverse=True)
 
     def begin(self, context: LargeContext, *, deadline_s: float, prefetch: int) -> _ReplayedCall:
         """Return a finished call with the recorded tokens, at most `prefetch` + 1."""
@@ -68,9 +88,9 @@ class ReplayedLarge:
     def _find_tokens(self, ids: Sequence[int], limit: int) -> tuple[LargeToken, ...]:
         tokens: list[LargeToken] = []
         node = _descend(self._root, ids)
-        while node is not None and node.token is not None and len(tokens) < limit:
-            tokens.append(node.token)
-            node = _descend(node, node.token.token_ids)
+        while node is not None and (token := node.token) is not None and len(tokens) < limit:
+            tokens.append(token)
+            node = _descend(node, token.token_ids)
         return tuple(tokens)
 
 
@@ -102,6 +122,12 @@ def _descend(node: _Node | None, ids: Sequence[int]) -> _Node | None:
             return None
         node = node.children.get(token_id)
     return node
+
+
+def _likeness(choice: LargeChoice, token: RecordedToken) -> tuple[bool, bool, bool]:
+    """Return what a token has in common with the large model's choice in the answer."""
+    # Where both models end the answer, the choice has the small model's id.
+    return token.ends == choice.ends, token.ids == choice.ids, token.logprob == choice.logprob
 
 
 def _large_token(token: RecordedToken) -> LargeToken:

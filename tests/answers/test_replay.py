@@ -16,11 +16,17 @@ from mlxroute.answers.document_file import format_document, parse_document
 from mlxroute.answers.recorded_answer import RecordedAnswer
 from mlxroute.answers.replayed_large import ReplayedLarge, missing_positions
 from mlxroute.engine.protocols import NamedLargeProtocol
-from mlxroute.errors import LargeRefused
+from mlxroute.errors import LargeError, LargeRefused
 from mlxroute.routers import EntropyRouter
-from mlxroute.types import Mode
+from mlxroute.types import LargeToken, Mode
 from tests.support.documents import QUESTION, make_document, record_answer
-from tests.support.scripted_models import FakeClock, ScriptedLarge, ScriptedSmall
+from tests.support.scripted_models import (
+    EOS,
+    FakeClock,
+    ScriptedLarge,
+    ScriptedReply,
+    ScriptedSmall,
+)
 from tests.support.worlds import World, WorldLarge, WorldSmall
 
 PROMPT_TOKENS = len("[user]hi?>")
@@ -103,14 +109,52 @@ def test_a_withheld_position_does_not_get_a_prefetched_token(mode: Mode, prefetc
     assert [token.id for token in again.tokens] == [token.id for token in recorded.tokens]
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(list(Mode)), st.sampled_from(list(Mode)))
-def test_every_mode_replays_what_any_mode_recorded(seed: int, first: Mode, second: Mode) -> None:
-    world, clock = World(seed=seed, loss=0.0), FakeClock()
+def test_a_replay_has_the_token_of_the_answer_where_two_replies_disagree() -> None:
+    document = make_document(b"abcd", [b"a", b"X"], unsure=(0, 2))
+    first, second = document.replies
+    # The first call went on to return other tokens than the second one, as a stream may.
+    longer = [replace(first.tokens[0], ids=(ord(char),), text=char) for char in "abY"]
+    document = replace(document, replies=(replace(first, tokens=tuple(longer)), second))
+    assert replay(document, b"abcd", (0, 2), 1.0).summary.text == document.summary.text == "abXd"
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_replay_ends_where_the_answer_ended_whatever_another_reply_says(ends: bool) -> None:
+    replies: list[ScriptedReply] = [b"a", (EOS,) if ends else b"X"]
+    document = make_document(b"abcd", replies, unsure=(0, 2))
+    first, second = document.replies
+    other = replace(second.tokens[0], ids=(ord("Y"),) if ends else (EOS,), ends=not ends)
+    document = replace(document, replies=(replace(second, tokens=(other,)), first, second))
+    again = replay(document, b"abcd", (0, 2), 1.0)
+    assert [token.id for token in again.tokens] == [token.id for token in document.tokens]
+
+
+class FickleLarge(WorldLarge):
+    """A large model that decides otherwise in every second call, as a server may near a tie."""
+
+    def _tokens(self, ids: tuple[int, ...], prefetch: int) -> tuple[LargeToken, ...] | LargeError:
+        steady = self._world
+        self._world = replace(steady, seed=steady.seed + len(self.calls) % 2)
+        tokens = super()._tokens(ids, prefetch)
+        self._world = steady
+        return tokens
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(list(Mode)),
+    st.sampled_from(list(Mode)),
+    st.sampled_from([WorldLarge, FickleLarge]),
+)
+def test_every_mode_replays_what_any_mode_recorded(
+    seed: int, first: Mode, second: Mode, kind: type[WorldLarge]
+) -> None:
+    world, clock = World(seed=seed, loss=0.0, streams=kind is FickleLarge), FakeClock()
     recorded = finish(
         record_answer(
             WorldSmall(world, clock),
-            WorldLarge(world, clock, prompt="[user]hi?>", order=seed),
+            kind(world, clock, prompt="[user]hi?>", order=seed),
             mode=first,
             prefetch=2,
             clock=clock,
