@@ -28,6 +28,7 @@ from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
 from mlxroute.statistics import intervals
 from mlxroute.types import (
+    BranchCost,
     LargeContext,
     Message,
     Mode,
@@ -91,9 +92,7 @@ class _LatencyBench:
                 parameter="small",
             )
         self.step_s = statistics.median(steps_s)
-        prompt_ids = small.encode_conversation(prompts[0]).ids
-        small.prefill(prompt_ids)
-        measured = small.measure_branch_cost(prompt_ids[-1], rows=BRANCH_ROWS)
+        measured = _measure_branch_cost(small, prompts)
         # The machine's speed drifts, so only the ratio of these two measurements is used.
         self.batch_over_step = measured.batch_s / measured.step_s
         batch_s = self.batch_over_step * self.step_s
@@ -198,6 +197,20 @@ class _LatencyBench:
         )
 
 
+def _measure_branch_cost(small: SmallModel, prompts: Sequence[Sequence[Message]]) -> BranchCost:
+    """Measure, after the first prompt that allows it, what batches cost.
+
+    Without such a prompt the cost is that of one row, with which there are no branches.
+    """
+    for prompt in prompts:
+        ids = small.encode_conversation(prompt).ids
+        small.prefill(ids)
+        rows = min(BRANCH_ROWS, small.max_rows)
+        if rows > 1 and small.can_rollback(BRANCH_ROWS):
+            return small.measure_branch_cost(ids[-1], rows=rows)
+    return BranchCost(rows=1, step_s=1.0, batch_s=1.0, rounding_nats=0.0)
+
+
 def bench_latency(
     small: SmallModel,
     large: LargeModel,
@@ -238,7 +251,7 @@ def bench_latency(
         "delay": grid.delay,
         "measured": grid.measure,
         "step_s": round(bench.step_s, 5),
-        "batch_over_step": round(bench.batch_over_step, 3),
+        "batch_over_step": None if bench.cost.rows == 1 else round(bench.batch_over_step, 3),
         "large_step_s": round(large_step_s, 5),
         "small_only": side_figures(bench.small_only, None),
         "points": points,

@@ -114,10 +114,10 @@ def side_figures(answers: SideAnswers, wait: SideAnswers | None) -> dict[str, An
 def _predict_speeds(pair: Mapping[str, Any], cost: BranchCost, call_s: float) -> dict[str, float]:
     """Return tokens per second of each mode, predicted by the governor's formulas.
 
-    The inputs are the measured figures of the pair, the step and the call. Without an escalation
-    there is no prediction.
+    The inputs are the measured figures of the pair, the step and the call. There is no prediction
+    without an escalation, nor without batches, which the formulas assume.
     """
-    if not pair["escalated"]:
+    if not pair["escalated"] or cost.rows == 1:
         return {}
     experience = Experience(
         step_s=MovingAverage(cost.step_s),

@@ -76,17 +76,21 @@ class OutputCache:
 class VirtualSmall:
     """The small model on the virtual clock.
 
+    Its KV cache can be rolled back as far as a real one of the same length.
+
     Args:
         small: The real small model.
         outputs: Outputs so far.
         clock: The virtual clock.
-        cost: Seconds that a step and a batch take.
+        cost: Seconds that a step and a batch take; of one row where there are no batches.
     """
 
     def __init__(
         self, small: SmallModel, outputs: OutputCache, clock: VirtualClock, cost: BranchCost
     ) -> None:
         self._small = small
+        # Tells what a real cache allows at a length, which need not be that of `small` now.
+        self._empty = small.with_own_cache()
         self._outputs = outputs
         self._clock = clock
         self._cost = cost
@@ -103,7 +107,7 @@ class VirtualSmall:
 
     @property
     def max_rows(self) -> int:
-        return self._cost.rows
+        return self._cost.rows if self.can_rollback(0) else 1
 
     def encode_conversation(self, messages: Sequence[Message]) -> EncodedPrompt:
         return self._small.encode_conversation(messages)
@@ -128,7 +132,8 @@ class VirtualSmall:
         return [row[len(self._ids) :] for row in self._rows]
 
     def can_rollback(self, count: int) -> bool:
-        return True
+        length = len((self._rows or [self._ids])[0])
+        return self._empty.can_rollback(length + count)
 
     def rollback(self, count: int) -> None:
         del self._ids[len(self._ids) - count :]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -18,7 +18,7 @@ from mlxroute.bench.latency_sides import SIDES, LatencyGrid
 from mlxroute.large import LargeModel
 from mlxroute.small import SmallModel
 from tests.support.scripted_models import FakeClock, ScriptedLarge, ScriptedSmall
-from tests.support.tiny import make_tiny_model
+from tests.support.tiny import KINDS, WINDOW, make_tiny_model
 
 if TYPE_CHECKING:
     from mlxroute.types import LargeContext, LargeToken
@@ -30,18 +30,23 @@ class UnstreamedLarge(ScriptedLarge):
     can_stream = False
 
 
-def test_a_simulated_report_has_fixed_names(tmp_path: Path) -> None:
-    small = SmallModel(*load(make_tiny_model(tmp_path / "tiny")), name="tiny")
-    record = tmp_path / "record.jsonl"
+def simulate(folder: Path, *, kind: str = "llama", content: str = "hi") -> dict[str, Any]:
+    path = make_tiny_model(folder / "tiny", model_type=kind, extra=KINDS[kind])
+    record = folder / "record.jsonl"
     with DelayedServer("http://127.0.0.1:9/v1", record=record) as server:
-        report = bench_latency(
-            small,
+        return bench_latency(
+            SmallModel(*load(path), name="tiny"),
             cast("LargeModel", UnstreamedLarge([(70,)])),
             server,
-            [[{"role": "user", "content": "hi"}]],
+            [[{"role": "user", "content": content}]],
             LatencyGrid(14, [12.0], [0.1], "constant", measure=False),
             large_step_s=0.01,
         )
+
+
+def test_a_simulated_report_has_fixed_names(tmp_path: Path) -> None:
+    report = simulate(tmp_path)
+    assert report["batch_over_step"] > 0
     assert list(report) == [
         "small",
         "large",
@@ -95,6 +100,20 @@ def test_a_simulated_report_has_fixed_names(tmp_path: Path) -> None:
     for side in point["sides"].values():
         assert list(side) == [*side_names, "over_wait", "stall_over_wait", "calls_over_wait"]
     assert list(point["predicted_tokens_per_s"]) == ["wait", "overlap", "hedge"]
+
+
+@pytest.mark.parametrize(("kind", "content"), [("lfm2", "hi"), ("gemma3_text", "hi" * WINDOW)])
+def test_where_nothing_can_be_rolled_back_every_mode_is_as_fast_as_wait(
+    kind: str, content: str, tmp_path: Path
+) -> None:
+    report = simulate(tmp_path, kind=kind, content=content)
+    assert report["batch_over_step"] is None
+    (point,) = report["points"]
+    assert point["escalated"] > 0
+    assert point["same_text"]
+    assert point["predicted_tokens_per_s"] == {}
+    for name in ("overlap", "hedge"):
+        assert point["sides"][name]["over_wait"] == 1.0
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
 from mlxroute.types import BranchCost, Mode, RunStats, Sampling, no_progress
 from tests.support.scripted_models import ScriptedLarge
-from tests.support.tiny import make_tiny_model
+from tests.support.tiny import KINDS, WINDOW, make_tiny_model
 
 _STEP_S, _BATCH_S, _CALL_S = 1.0, 1.5, 30.0
 _TOKENS = 18
@@ -103,6 +104,25 @@ def test_rows_of_a_batch_go_on_from_what_was_computed_before(small: SmallModel) 
             alone, _ = small.prefill([*prompt, *tail])
             assert signals.top_ids == alone.top_ids
             assert signals.entropy_nats == pytest.approx(alone.entropy_nats, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_can_be_rolled_back_as_far_as_the_real_one_of_its_length(
+    kind: str, tmp_path: Path
+) -> None:
+    path = make_tiny_model(tmp_path / kind, model_type=kind, extra=KINDS[kind])
+    model = SmallModel(*load(path), name=kind)
+    model.prefill(list(range(5, 5 + 2 * WINDOW)))
+    # Another text is in the real cache.
+    virtual = VirtualSmall(model, OutputCache(), VirtualClock(), BranchCost(4, 1.0, 1.5, 1e-5))
+    for length in (10, WINDOW):
+        alone = model.with_own_cache()
+        prompt = list(range(5, 5 + length))
+        alone.prefill(prompt)
+        virtual.prefill(prompt, sampling=Sampling(), progress=no_progress)
+        for count in (1, WINDOW // 2, WINDOW):
+            assert virtual.can_rollback(count) == alone.can_rollback(count)
+        assert (virtual.max_rows > 1) == (alone.max_rows > 1)
 
 
 def test_tokens_without_escalation_are_the_small_models_own(small: SmallModel) -> None:
