@@ -18,7 +18,7 @@ from mlxroute.bench.quality.sides import make_sides
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli.quality_tables import print_quality
 from mlxroute.errors import UsageError
-from mlxroute.questions.question_files import AnswerKind, Question
+from mlxroute.questions.question_files import AnswerKind, Question, question_messages
 from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.small import SmallModel
 from mlxroute.small.sampled_continuations import sample_continuations
@@ -64,6 +64,26 @@ def test_the_most_frequent_answer_counts(
     assert row.tokens == sum(map(len, written))
     assert row.seconds == pytest.approx(0.5 * row.tokens)
     assert (row.calls, row.escalated, row.scores) == (0, 0, ())
+
+
+@pytest.mark.parametrize(("room", "is_cut_off"), [(3, True), (4, False)])
+def test_an_answer_that_fills_the_context_is_cut_off(
+    room: int,
+    is_cut_off: bool,
+    small: SmallModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    question = number("4")
+    length = len(small.encode_conversation(question_messages(question, [])).ids)
+    path = make_tiny_model(tmp_path / "short", context=length + room)
+    written = [list(small.vocabulary.encode("4")) * 3]
+    monkeypatch.setattr(majority, "sample_continuations", lambda *args, **options: [written])
+    short = SmallModel(*load(path), name="short")
+    bench = MajorityBench(short, [], 1, 8, 0.5, QualityResults(tmp_path / "r"))
+    (row,) = bench.answer_all([question], no_progress)
+    assert row.tokens == 3
+    assert row.is_cut_off == is_cut_off
 
 
 def test_a_majority_is_a_side_without_calls_and_a_baseline_of_every_budget(

@@ -67,8 +67,9 @@ class MajorityBench:
         for group in chunks(questions, _GROUP):
             progress(_LABEL, len(rows), len(questions))
             missing = [item for item in group if self.results.find(self._key(item)) is None]
-            for item, answers in zip(missing, self._sample(small, missing), strict=True):
-                self.results.add(self._key(item), self._count(item, answers))
+            sampled = self._sample(small, missing)
+            for item, (limit, answers) in zip(missing, sampled, strict=True):
+                self.results.add(self._key(item), self._count(item, answers, limit=limit))
             for item in group:
                 row = self.results.find(self._key(item))
                 assert row is not None
@@ -76,14 +77,20 @@ class MajorityBench:
         progress(_LABEL, len(rows), len(questions))
         return rows
 
-    def _sample(self, small: SmallModel, questions: Sequence[Question]) -> list[list[list[int]]]:
-        """Return the answers to each question as token ids, without end tokens."""
+    def _sample(
+        self, small: SmallModel, questions: Sequence[Question]
+    ) -> list[tuple[int, list[list[int]]]]:
+        """Return the answers to each question as token ids, without end tokens.
+
+        Before them is their maximum length, which is shorter where the context is full.
+        """
         eos_ids = small.vocabulary.eos_ids
         try:
             starts = [self._start(small, question) for question in questions]
-            return sample_continuations(small.decoder, starts, count=self.count, eos_ids=eos_ids)
+            answers = sample_continuations(small.decoder, starts, count=self.count, eos_ids=eos_ids)
         except UsageError as exc:
             raise UsageError(str(exc), parameter="majority") from exc
+        return list(zip((start.limit for start in starts), answers, strict=True))
 
     def _start(self, small: SmallModel, question: Question) -> SampleStart:
         ids = small.encode_conversation(question_messages(question, self.examples)).ids
@@ -100,8 +107,13 @@ class MajorityBench:
             temperature=TEMPERATURE,
         )
 
-    def _count(self, question: Question, answers: Sequence[Sequence[int]]) -> QualityRow:
-        """Return the row of the most frequent answer; of equal counts, the one written first."""
+    def _count(
+        self, question: Question, answers: Sequence[Sequence[int]], *, limit: int
+    ) -> QualityRow:
+        """Return the row of the most frequent answer; of equal counts, the one written first.
+
+        An answer of `limit` tokens was cut off.
+        """
         texts = [decode_answer(self.small, ids) for ids in answers]
         given = [extract_answer(question, text) for text in texts]
         counts = Counter(answer for answer in given if answer)
@@ -119,7 +131,7 @@ class MajorityBench:
             uploaded_tokens=0,
             seconds=0.0,
             calls_s=0.0,
-            is_cut_off=len(answers[chosen]) >= self.max_tokens,
+            is_cut_off=len(answers[chosen]) >= limit,
             scores=(),
         )
 
