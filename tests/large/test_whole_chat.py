@@ -119,12 +119,20 @@ def test_parts_of_a_forwarded_request_are_not_moved(server: Loopback) -> None:
 
 
 @pytest.mark.parametrize("status", [400, 403, 422])
+@pytest.mark.parametrize(
+    "message",
+    [
+        "unknown field: chat_template_kwargs",
+        # vLLM and NIM
+        "chat_template is not supported for Mistral tokenizers.",
+    ],
+)
 def test_a_server_that_refuses_the_switch_for_thinking_is_asked_without_it(
-    server: Loopback, status: int
+    server: Loopback, message: str, status: int
 ) -> None:
     def answer(request: Request) -> Reply:
         if "chat_template_kwargs" in json.loads(request.body):
-            return Reply(b'{"error": "unknown field: chat_template_kwargs"}', status=status)
+            return Reply.of({"error": message}, status=status)
         return chat("hello")
 
     server.answer = answer

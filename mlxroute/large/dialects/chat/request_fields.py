@@ -26,6 +26,8 @@ _QUOTED: Final = re.compile(r"['\"`]([a-z]+)['\"`]")
 
 
 _NOTHING: Final[Mapping[str, object]] = {}
+# With Mistral's own tokenizers, vLLM refuses all variables of a template by this name.
+_TEMPLATE: Final = "chat_template"
 
 
 class Thinking(Enum):
@@ -49,7 +51,8 @@ class Thinking(Enum):
 
     def is_named_in(self, text: str) -> bool:
         """Return whether a text has the name of the field, as a refusal of it has."""
-        return _names(text, *self.body)
+        is_template = self is Thinking.TEMPLATE
+        return _names(text, *self.body, *([_TEMPLATE] if is_template else []))
 
 
 _UNSET: Final = Thinking.UNSET
