@@ -223,6 +223,18 @@ def test_another_model_under_a_remembered_name_has_another_vocabulary(
                 assert large.pair_vocabulary(shared) is is_same
 
 
+def test_other_tokenizer_files_under_a_remembered_name_are_another_vocabulary(
+    tmp_path: Path,
+) -> None:
+    verdicts, shared = tmp_path / "verdicts.json", family_servers.VOCABULARY
+    other = TableVocabulary(family_servers.PIECES[::-1])
+    with Loopback(FamilyServer("legacy")) as server:
+        for vocabulary, is_same in [(shared, True), (other, False), (other, False), (shared, True)]:
+            files = {"m": TableTokenizer(vocabulary)}
+            with LargeModel(server.url, verdicts=verdicts, find_tokenizer=files.get) as large:
+                assert large.pair_vocabulary(shared) is is_same
+
+
 def test_a_server_that_encodes_no_conversations_gets_the_prompt_of_the_small_model() -> None:
     vocabulary = TableVocabulary(family_servers.PIECES[::-1])
     large_vocabulary = family_servers.VOCABULARY

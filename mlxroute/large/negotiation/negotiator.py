@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,8 +120,8 @@ class Negotiator:
     def compare(self, vocabulary: Vocabulary, next_deadline: NextDeadline) -> VocabularyComparison:
         """Compare a small model's vocabulary with the large model's.
 
-        A result is remembered with the verdict, and checked again with a few tokens, as the server
-        may have another model now. Call it after `negotiate`. Raises LargeError.
+        A result is remembered with the verdict, and checked again, as the server may have another
+        model or other tokenizer files now. Call it after `negotiate`. Raises LargeError.
         """
         assert self.negotiated is not None
         verdict = self.negotiated.verdict
@@ -140,15 +141,19 @@ class Negotiator:
         return comparison
 
     def _compare_sample(self, vocabulary: Vocabulary, next_deadline: NextDeadline) -> bool | None:
-        """Return whether a sample of the tokens is the server's; None if it does not say."""
-        routes = self.bind(self.tokens, next_deadline)
-        if not isinstance(routes, TokenizeRoutes):
-            return None
-        try:
-            sampled = compare_decoded(vocabulary, routes.decode, routes.rendered_ids, sample=True)
-        except LargeError:
-            return None
-        return sampled.is_same
+        """Return whether all tokens are those of the files, or a sample of them the server's.
+
+        None if neither tells.
+        """
+        match self.bind(self.tokens, next_deadline):
+            case FileTokenSource() as files:
+                return compare_entries(vocabulary, files.vocabulary).is_same
+            case TokenizeRoutes() as routes:
+                with contextlib.suppress(LargeError):
+                    return compare_decoded(
+                        vocabulary, routes.decode, routes.rendered_ids, sample=True
+                    ).is_same
+        return None
 
     def _compare(self, vocabulary: Vocabulary, next_deadline: NextDeadline) -> VocabularyComparison:
         match self.bind(self.tokens, next_deadline):
