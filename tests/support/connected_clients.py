@@ -11,7 +11,7 @@ from typing import Any
 from mlxroute.large import LargeModel
 from mlxroute.large.dialects import get_dialect
 from mlxroute.large.negotiation.verdict_file import Verdict, VerdictFile
-from mlxroute.large.vocabulary.token_sources import Tokenizer
+from mlxroute.large.vocabulary.token_sources import FileTokenSource, Tokenizer
 from mlxroute.types import LargeToken
 from tests.support.loopback import Loopback, Reply, mlx_lm_reply
 from tests.support.vocabularies import TableVocabulary, context
@@ -37,7 +37,14 @@ def content_reply(token: dict[str, Any] | None, /, **changes: Any) -> dict[str, 
     return {"choices": [choice]}
 
 
-def save_verdict(path: Path, *, url: str, model: str | None, dialect: str) -> None:
+def save_verdict(
+    path: Path,
+    *,
+    url: str,
+    model: str | None,
+    dialect: str,
+    token_source: str | None = None,
+) -> None:
     """Write the verdict file of an earlier probe."""
     probed = get_dialect(dialect)
     assert probed is not None
@@ -48,7 +55,7 @@ def save_verdict(path: Path, *, url: str, model: str | None, dialect: str) -> No
         rung=probed.rung,
         checks=(),
         rejected=(),
-        token_source=None,
+        token_source=token_source,
         context_length=None,
         latency_p50_s=0.0,
         latency_p95_s=0.0,
@@ -76,7 +83,8 @@ def connected_client(
     server.script.extend([Reply.of({"data": []}), *routes, fits])
     with tempfile.TemporaryDirectory() as folder:
         verdicts = Path(folder) / "verdicts.json"
-        save_verdict(verdicts, url=server.url, model=model, dialect=dialect)
+        source = FileTokenSource.name if tokenizer else None
+        save_verdict(verdicts, url=server.url, model=model, dialect=dialect, token_source=source)
         options |= {"verdicts": verdicts, "find_tokenizer": lambda name: tokenizer}
         with LargeModel(server.url, model=model, **options) as large:
             large.connect()

@@ -91,11 +91,12 @@ class Negotiator:
 
         Otherwise the server is probed or, if not `thorough`, the first dialect to pass its first
         check is taken and not remembered: that of the last negotiation, if the server does not
-        refuse it. Raises LargeError, or UsageError if the user has to choose a model.
+        refuse it. A `thorough` negotiation also probes where token ids have become known since the
+        last verdict. Raises LargeError, or UsageError if the user has to choose a model.
         """
         self._inspect_server(next_deadline)
         prober = self._prober(next_deadline)
-        negotiated = self._remembered(prober)
+        negotiated = self._remembered(prober, thorough=thorough)
         if negotiated is None:
             negotiated = self._probed(prober) if thorough else self._first_working(prober)
         self.negotiated = negotiated
@@ -235,12 +236,15 @@ class Negotiator:
             next_deadline=next_deadline,
         )
 
-    def _remembered(self, prober: Prober) -> NegotiatedDialect | None:
+    def _remembered(self, prober: Prober, *, thorough: bool) -> NegotiatedDialect | None:
         """Return the dialect of the last verdict if it is about this model and still works."""
         if self._verdicts is None:
             return None
         verdict = self._verdicts.load(self._base_url, self.model.given)
         if verdict is None or verdict.model != self.model.known:
+            return None
+        if thorough and verdict.token_source is None and self.tokens is not None:
+            # The probe could not ask for the dialects that need token ids.
             return None
         dialect = get_dialect(verdict.dialect)
         if dialect is None or not prober.passes_first_check(dialect):

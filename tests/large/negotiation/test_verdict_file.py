@@ -86,6 +86,27 @@ def test_a_verdict_about_another_model_is_not_used(tmp_path: Path) -> None:
     assert (verdict.model, verdict.dialect) == ("new", "OpenAI completions")
 
 
+def test_a_server_that_now_gives_token_ids_is_probed_again_at_a_start(tmp_path: Path) -> None:
+    verdicts = tmp_path / "verdicts.json"
+    with Loopback(FamilyServer("legacy")) as server:
+        with LargeModel(server.url, verdicts=verdicts) as large:
+            assert "(OpenAI completions)" in large.connect()
+        server.answer = FamilyServer("vllm")
+        with LargeModel(server.url, verdicts=verdicts) as large:
+            # There is no time for it in a call.
+            assert "(OpenAI completions)" in large.connect(thorough=False)
+        for _ in range(2):
+            before = len(server.requests)
+            with LargeModel(server.url, verdicts=verdicts) as large:
+                assert "(vLLM completions)" in large.connect()
+        paths = [request.path for request in server.requests[before:]]
+        assert paths.count("/v1/completions") == 1
+        # The reverse shows in the first check.
+        server.answer = FamilyServer("legacy")
+        with LargeModel(server.url, verdicts=verdicts) as large:
+            assert "(OpenAI completions)" in large.connect()
+
+
 def test_probing_ignores_what_is_remembered(tmp_path: Path) -> None:
     verdicts = tmp_path / "verdicts.json"
     with Loopback(FamilyServer("legacy")) as server:
