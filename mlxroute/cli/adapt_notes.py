@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlxroute.cli.quality_tables import MAX_CUT_OFF_SHARE
 from mlxroute.cli.terminal import WARNING_STYLE, make_table, print_note, print_table
 from mlxroute.view.figures import format_count
 
@@ -14,6 +15,35 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mlxroute.training.tuning_types import TuningOutcome, WorkedAnswer
+    from mlxroute.types import Vocabulary
+
+
+def warn_of_answers(
+    answers: Sequence[WorkedAnswer], vocabulary: Vocabulary, tokens: int, err: Console
+) -> None:
+    """Print warnings if many answers are cut off, or most of their tokens have no probabilities.
+
+    `tokens` is the longest length of an answer.
+    """
+    ends = vocabulary.eos_ids
+    cut_off = sum(not ends & set(item.answer.token_ids[-1:]) for item in answers)
+    if cut_off > MAX_CUT_OFF_SHARE * len(answers):
+        print_note(
+            err,
+            f"warning: {cut_off} of {len(answers)} answers of the large model were cut off at"
+            f" {tokens} tokens, from which the small one does not learn to end; raise --tokens",
+            style=WARNING_STYLE,
+        )
+    choices = [named for item in answers for named in item.answer.choices]
+    missing = sum(not named for named in choices)
+    if missing > len(choices) / 2:
+        print_note(
+            err,
+            f"warning: the large model's server gave no probabilities for {missing:,} of"
+            f" {len(choices):,} tokens, which are learned as if they were certain; llama-server"
+            " gives them if it has no draft model",
+            style=WARNING_STYLE,
+        )
 
 
 def warn_of_known(held_out: Sequence[WorkedAnswer], known: frozenset[str], err: Console) -> None:

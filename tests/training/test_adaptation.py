@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import json
 from collections.abc import Callable
@@ -15,9 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten, tree_map
+from rich.console import Console
 
 from mlxroute.backend import memory
 from mlxroute.backend.load import load
+from mlxroute.cli.adapt_notes import warn_of_answers
 from mlxroute.errors import LargeProtocolError, LargeRefused, NotEnoughSpace, UsageError
 from mlxroute.questions.question_files import AnswerKind, Question, question_messages
 from mlxroute.recorded.large_answers import LargeAnswer
@@ -131,6 +134,20 @@ def test_only_the_answer_is_predicted(small: SmallModel) -> None:
     assert tuning.mean_loss(make_batches([example, other], 1)) == pytest.approx(
         sum(losses) / 5, rel=1e-4
     )
+
+
+def test_a_warning_says_if_most_targets_have_no_probabilities(small: SmallModel) -> None:
+    first, second = worked_answers(small, 2)
+    count = len(second.answer.choices)
+    known = replace(second, answer=replace(second.answer, choices=(((5, 1.0),),) * count))
+
+    def shown(*answers: WorkedAnswer) -> str:
+        text = io.StringIO()
+        warn_of_answers(answers, small.vocabulary, 160, Console(file=text, width=400))
+        return text.getvalue()
+
+    assert f"gave no probabilities for {2 * count} of {2 * count} tokens" in shown(first, second)
+    assert shown(first, known) == shown(known) == ""
 
 
 def test_the_large_models_alternatives_are_predicted_as_likely_as_it_finds_them(

@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlxroute._version import __version__
-from mlxroute.cli.adapt_notes import print_figures, warn_of_known
+from mlxroute.cli.adapt_notes import (
+    print_figures,
+    warn_of_answers,
+    warn_of_known,
+)
 from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
 from mlxroute.cli.folders import (
@@ -25,7 +29,6 @@ from mlxroute.cli.folders import (
     output_folder,
 )
 from mlxroute.cli.model_pair import load_paired_small, note_recorded, open_recording
-from mlxroute.cli.quality_tables import MAX_CUT_OFF_SHARE
 from mlxroute.cli.worked_examples import (
     DEFAULT_SHOTS,
     check_questions_fit,
@@ -39,8 +42,6 @@ from mlxroute.errors import UsageError
 from mlxroute.user_folders import expand_user
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from rich.console import Console
 
     from mlxroute.large import LargeModel
@@ -285,7 +286,7 @@ class _AdaptRun:
             count_progress(err) as counts,
         ):
             answers = self._record(settings, small, recording, counts, err)
-            self._warn_of_cut_off(small, answers, err)
+            warn_of_answers(answers, small.vocabulary, self.tokens, err)
             # Those of the adapter to start from, not of an interrupted run.
             known = trained_questions(settings)
             trained, held_out = split_answers(small, answers, known=known)
@@ -382,19 +383,3 @@ class _AdaptRun:
             "tokens": self.tokens,
             **self.data_report(settings),
         }
-
-    def _warn_of_cut_off(
-        self, small: SmallModel, answers: Sequence[WorkedAnswer], err: Console
-    ) -> None:
-        from mlxroute.cli.terminal import WARNING_STYLE, print_note
-
-        ends = small.vocabulary.eos_ids
-        cut_off = sum(not ends & set(item.answer.token_ids[-1:]) for item in answers)
-        if cut_off > MAX_CUT_OFF_SHARE * len(answers):
-            print_note(
-                err,
-                f"warning: {cut_off} of {len(answers)} answers of the large model were cut off at"
-                f" {self.tokens} tokens, from which the small one does not learn to end; raise"
-                " --tokens",
-                style=WARNING_STYLE,
-            )
