@@ -293,6 +293,25 @@ def test_a_position_that_a_stream_will_reach_waits_for_its_token_instead_of_call
     assert all(r.stats.text == s.stats.text for r, s in zip(whole, streamed, strict=True))
 
 
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("streams", [False, True])
+def test_prefetched_tokens_without_logprobs_are_asked_for_again_to_compare_them(
+    mode: Mode, streams: bool
+) -> None:
+    """llama-server gives no logprobs of drafted tokens."""
+    worlds = [
+        World(i, doubt=1.0, agreement=0.7, end=0.0, loss=0.0, streams=streams, drafted=0.5)
+        for i in range(9)
+    ]
+    expected = [run(world, accept_within=0.2) for world in worlds]
+    ahead = [run(world, mode=mode, prefetch=8, accept_within=0.2) for world in worlds]
+    assert [r.stats.text for r in ahead] == [r.stats.text for r in expected]
+    assert [r.stats.accepted for r in ahead] == [r.stats.accepted for r in expected]
+    assert sum(r.stats.accepted for r in ahead) > 9
+    # Those with logprobs are used.
+    assert sum(r.stats.prefetch_used for r in ahead) > 0
+
+
 @pytest.mark.parametrize("window", [0, 9])
 def test_decoding_waits_where_the_cache_cannot_be_rolled_back_and_the_figures_say_so(
     window: int,

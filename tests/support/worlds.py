@@ -46,6 +46,7 @@ class World:
         rounding: Share of positions at which a batch may decide differently from a single row.
         window: Tokens after which the KV cache can no longer be rolled back.
         streams: Prefetched tokens arrive one by one, faster or slower than steps.
+        drafted: Share of prefetched tokens without logprobs, as llama-server drafts them.
     """
 
     seed: int
@@ -60,6 +61,7 @@ class World:
     window: int = 1 << 30
     streams: bool = False
     refusal: float = 0.0
+    drafted: float = 0.0
 
     def rng(self, kind: str, ids: Sequence[int]) -> random.Random:
         """Return a random generator that depends only on the seed, `kind` and the ids before."""
@@ -311,7 +313,10 @@ class WorldLarge:
                 # A call for this position fails, so no prefetched token may replace it.
                 return tuple(tokens) or answer
             token = token_of(answer)
-            tokens.append(replace(token, top_bytes=self._alternatives(ids)))
+            token = replace(token, top_bytes=self._alternatives(ids))
+            if tokens and self._world.rng("drafted", ids).random() < self._world.drafted:
+                token = replace(token, logprob=None, top_bytes=())
+            tokens.append(token)
             ids = (*ids, *answer)
         return tuple(tokens)
 

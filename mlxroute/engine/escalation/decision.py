@@ -185,9 +185,16 @@ class Decider:
     def decide_from_prefetched(self, small_choice: Decision, ids: Sequence[int]) -> Decision | None:
         """Return the decision for a prefetched token after these answer ids; None without one."""
         token = self._prefetched.find(ids)
-        if token is None:
+        if token is None or not self._is_conclusive(token):
             return None
         return self._escalate(small_choice, token, latency_s=0.0, prefetched=True)
+
+    def _is_conclusive(self, token: LargeToken) -> bool:
+        """Return whether a prefetched token decides as that of a call of its own would.
+
+        Some servers give the logprobs that `accept_within` needs for the first token alone.
+        """
+        return not self._accept_within or token.logprob is not None
 
     def start_call(self, transcript: Transcript) -> Call:
         """Start a call for the position after the transcript.
@@ -205,14 +212,16 @@ class Decider:
     ) -> Decision | None:
         """Return the decision by a finished call for the position after these answer ids.
 
-        None if a joined call did not return the token, so that the position needs a call.
+        None if a joined call did not return the token, or one that is not conclusive: the position
+        needs a call then.
         """
         outcome = self._calls.collect(call)
         if call.is_joined:
-            if outcome.error is not None or not outcome.tokens:
+            tokens = outcome.tokens
+            if outcome.error is not None or not tokens or not self._is_conclusive(tokens[0]):
                 return None
             return self._escalate(
-                small_choice, outcome.tokens[0], latency_s=outcome.latency_s, prefetched=True
+                small_choice, tokens[0], latency_s=outcome.latency_s, prefetched=True
             )
         if outcome.error is None:
             if call.max_tokens > 1:

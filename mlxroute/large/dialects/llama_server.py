@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from mlxroute.errors import LargeProtocolError, LargeTruncated
@@ -32,7 +33,8 @@ _MAX_UNNAMED: Final = 1024
 class LlamaServer(StreamingDialect):
     """The dialect of `llama-server`.
 
-    A token that is part of a character has an id only, without text or logprob.
+    A token that is part of a character has an id only, without text or logprob. With speculative
+    decoding, only the first token of a reply has a logprob.
     """
 
     name = "llama-server completion"
@@ -90,6 +92,7 @@ class LlamaServer(StreamingDialect):
         positions = _align(ids, [parse_chat_position(item) for item in probabilities])
         if not positions:
             raise LargeProtocolError("the reply holds no token")
+        positions = [positions[0], *map(_without_placeholder, positions[1:])]
         is_of_whole_prompt = reply.get("tokens_evaluated") == len(prompt.ids)
         # A full context counts as truncated. Its first token is of the whole prompt in any case.
         if reply.get("truncated") is True and not (is_of_whole_prompt and len(positions) == 1):
@@ -113,6 +116,17 @@ def _event_tokens(event: Mapping[str, object]) -> Sequence[object]:
 
 def _without_tokens(event: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in event.items() if key not in _TOKEN_FIELDS}
+
+
+def _without_placeholder(position: ReplyPosition) -> ReplyPosition:
+    """Return a position without the logprob of 0 that stands for an unknown one.
+
+    The server reports it, without alternatives, for tokens that were drafted (llama.cpp issue
+    27972). A token that is certain has alternatives, as requests ask for them.
+    """
+    if position.top or position.token.logprob:
+        return position
+    return replace(position, token=replace(position.token, logprob=None))
 
 
 def _align(ids: Sequence[int | None], with_text: Sequence[ReplyPosition]) -> list[ReplyPosition]:

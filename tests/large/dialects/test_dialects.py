@@ -81,6 +81,15 @@ def test_llama_server_tokens_without_logprobs_keep_their_places() -> None:
     ]
 
 
+def test_llama_server_gives_no_logprobs_of_drafted_tokens() -> None:
+    drafted = named(8, "b", 0.0) | {"top_logprobs": []}
+    names = [named(7, "a"), drafted, named(9, "c", 0.0), named(10, "d")]
+    reply = llama([7, 8, 9, 10], names, content="abcd")
+    positions = read("llama-server completion", reply).positions
+    assert [position.token.logprob for position in positions] == [-0.5, None, 0.0, -0.5]
+    assert [len(position.top) for position in positions] == [1, 0, 1, 1]
+
+
 def test_llama_servers_stop_type_marks_the_end() -> None:
     end = named(2, "")
     reply = llama([7, 2], [named(7, "a"), end], stop_type="eos", content="a")
