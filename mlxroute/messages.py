@@ -53,6 +53,17 @@ def without_thinking(answer: str) -> str:
     return answer[end.end() :]
 
 
+def answer_opening(prompt: str) -> str:
+    """Return what has to follow a rendered prompt for an answer without thinking; often nothing.
+
+    Templates of models that always think end with an open mark, that of gpt-oss before the name of
+    a channel. What follows is what such models have seen before answers without thinking.
+    """
+    if prompt.endswith("<|start|>assistant"):
+        return "<|channel|>final<|message|>"
+    return "\n</think>\n\n" if prompt.rstrip().endswith("<think>") else ""
+
+
 def fold_system(messages: Sequence[Message]) -> list[Message]:
     """Return a conversation with its system messages at the beginning of the first user message.
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxroute.errors import UsageError
-from mlxroute.messages import fold_system, read_messages, without_thinking
+from mlxroute.messages import answer_opening, fold_system, read_messages, without_thinking
 
 _ANSWER = "42, because\n\n</b> is HTML"
 
@@ -59,6 +59,19 @@ def test_thinking_that_was_cut_off_is_left_out() -> None:
 )
 def test_an_answer_about_thinking_is_kept(answer: str) -> None:
     assert without_thinking(answer) == answer
+
+
+@pytest.mark.parametrize(
+    ("prompt", "opening"),
+    [
+        ("<|im_start|>assistant\n<think>\n", "\n</think>\n\n"),
+        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", ""),
+        ("What is <think>?<|im_end|>\n<|im_start|>assistant\n", ""),
+        ("<|start|>assistant", "<|channel|>final<|message|>"),
+    ],
+)
+def test_a_prompt_that_begins_thinking_is_followed_by_its_end(prompt: str, opening: str) -> None:
+    assert answer_opening(prompt) == opening
 
 
 @given(st.text())

@@ -81,9 +81,12 @@ class ChatTokenizer:
             drops_space = not answer_start and self._drops_space_after(self._last.ids)
             return replace(self._last, drops_space=drops_space)
 
-    def encode_rendered(self, text: str) -> EncodedPrompt:
-        """Return the prompt of a text that the caller rendered; its control tokens are meant."""
-        rendered = PromptText(text, text)
+    def encode_rendered(self, prompt: str | PromptText) -> EncodedPrompt:
+        """Return the prompt of a text that the caller rendered.
+
+        All control tokens of a text are meant, or those that are `marked` as the template's own.
+        """
+        rendered = PromptText(prompt, prompt) if isinstance(prompt, str) else prompt
         with self._lock:
             return EncodedPrompt(tuple(self._encoder.encode(rendered)), rendered)
 

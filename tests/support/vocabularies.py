@@ -104,11 +104,12 @@ class TableTokenizer:
             tuple(self.encode_prompt(text)), PromptText(text, self.render(contents))
         )
 
-    def encode_rendered(self, text: str) -> EncodedPrompt:
+    def encode_rendered(self, prompt: str | PromptText) -> EncodedPrompt:
         """Encode a text whose control tokens are meant, with its begin token."""
+        rendered = PromptText(prompt, prompt) if isinstance(prompt, str) else prompt
         begin = self.vocabulary.bos_text
-        begun = text if text.startswith(begin) else begin + text
-        return EncodedPrompt(tuple(self.encode_prompt(begun)), PromptText(text, text))
+        begun = rendered.text if rendered.text.startswith(begin) else begin + rendered.text
+        return EncodedPrompt(tuple(self.encode_prompt(begun)), rendered)
 
     def encode_prompt(self, text: str) -> list[int]:
         ids: list[int] = []

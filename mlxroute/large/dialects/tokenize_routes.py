@@ -15,13 +15,15 @@ from mlxroute.errors import LargeProtocolError, LargeRefused, LargeUnreadable
 from mlxroute.large.dialects.base import NO_THINKING
 from mlxroute.large.dialects.json_fields import as_array, as_text, as_token_id
 from mlxroute.large.prompt import check_last_turn
-from mlxroute.messages import fold_system
+from mlxroute.messages import answer_opening, fold_system
 from mlxroute.tokenizers.control_tokens import ControlTokens
 from mlxroute.types import Message, PromptText
 
 _T = TypeVar("_T")
 _SAMPLE: Final = "Hello world"
 _SAMPLE_TURNS: Final[tuple[Message, ...]] = ({"role": "user", "content": _SAMPLE},)
+# Ids at the end of a prompt that hold the mark with which thinking begins, in any vocabulary.
+_TAIL: Final = 16
 # Characters and ids in the cache: some 40 MB of memory.
 _MAX_CACHED: Final = 1 << 20
 _ANCHOR: Final = "\n"
@@ -230,7 +232,8 @@ class LlamaTokenizeRoutes(TokenizeRoutes):
 
     def _render(self, messages: Sequence[Message]) -> str:
         body = {"messages": list(messages), **NO_THINKING}
-        return self._call("/apply-template", body, _text_under("prompt"))
+        text = self._call("/apply-template", body, _text_under("prompt"))
+        return text + answer_opening(text)
 
     def _encode_markers(self, text: str, *, is_first: bool) -> tuple[int, ...]:
         """Return the ids of the template's text, control tokens included."""
@@ -262,7 +265,17 @@ class VllmTokenizeRoutes(TokenizeRoutes):
 
     def _encode_messages(self, messages: Sequence[Message]) -> tuple[int, ...]:
         body = {"messages": list(messages), "add_generation_prompt": True, **NO_THINKING}
-        return self._call("/tokenize", body, _token_ids)
+        ids = self._call("/tokenize", body, _token_ids)
+        return ids + self._opening_ids(ids[-_TAIL:])
+
+    def _opening_ids(self, tail: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the ids of `answer_opening` for a prompt that ends with these ids."""
+
+        def ask() -> tuple[int, ...]:
+            opening = answer_opening(self.decode(tail))
+            return self._encode_without_prefix(opening) if opening else ()
+
+        return self._cache.get(("opening", json.dumps(tail)), ask)
 
     def _encode_rendered(self, text: str) -> tuple[int, ...]:
         return self._call("/tokenize", {"prompt": text, "add_special_tokens": True}, _token_ids)

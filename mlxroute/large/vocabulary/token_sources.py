@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, Protocol
 
+from mlxroute.messages import answer_opening
 from mlxroute.types import EncodedPrompt, Message, PromptText, Vocabulary
 
 
@@ -16,7 +17,7 @@ class Tokenizer(Protocol):
 
     def encode_conversation(self, messages: Sequence[Message]) -> EncodedPrompt: ...
 
-    def encode_rendered(self, text: str) -> EncodedPrompt: ...
+    def encode_rendered(self, prompt: str | PromptText) -> EncodedPrompt: ...
 
 
 class TokenSource(Protocol):
@@ -71,10 +72,10 @@ class FileTokenSource:
         return self.tokenizer.vocabulary.bos_text
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        return self.tokenizer.encode_conversation(messages).ids
+        return self._encode_conversation(messages).ids
 
     def prompt_text(self, messages: Sequence[Message]) -> PromptText | None:
-        return self.tokenizer.encode_conversation(messages).rendered
+        return self._encode_conversation(messages).rendered
 
     def rendered_ids(self, text: str) -> tuple[int, ...]:
         return self.tokenizer.encode_rendered(text).ids
@@ -85,3 +86,10 @@ class FileTokenSource:
 
     def encode(self, text: str) -> tuple[int, ...]:
         return self.tokenizer.vocabulary.encode(text)
+
+    def _encode_conversation(self, messages: Sequence[Message]) -> EncodedPrompt:
+        encoded = self.tokenizer.encode_conversation(messages)
+        text, marked = encoded.rendered.text, encoded.rendered.marked
+        if not (opening := answer_opening(marked)):
+            return encoded
+        return self.tokenizer.encode_rendered(PromptText(text + opening, marked + opening))

@@ -49,7 +49,7 @@ def test_the_routes_of_a_truthful_server_are_found_and_asked_once_for_a_text(fam
         assert tokens.encode("pineapple") == LARGE.encode("pineapple")
         rendered = TableTokenizer(LARGE).encode_prompt(RENDERED)
         assert tokens.prompt_ids([HI]) == tuple(rendered)
-    assert len(routes.asked) == asked + (3 if family == "llama-server" else 2)
+    assert len(routes.asked) == asked + 3
     assert tokens.encode("<s>") == LARGE.encode("<s>") or family != "llama-server"
     assert tokens.prompt_text([HI]) is None
     assert tokens.bos_text == ""
@@ -199,3 +199,26 @@ def test_a_system_message_that_the_servers_template_leaves_out_begins_the_first_
     assert tokens is not None
     folded: Message = {"role": "user", "content": "one\n\nhi"}
     assert tokens.prompt_ids([_SYSTEM, HI]) == tokens.prompt_ids([folded])
+
+
+@pytest.mark.parametrize("family", ["vllm", "sglang", "llama-server"])
+@pytest.mark.parametrize(
+    ("end", "opening"), [("<think>\n", "\n</think>\n\n"), ("<think>\n\n</think>\n\n", "")]
+)
+def test_thinking_that_the_servers_template_begins_is_ended(
+    family: str, end: str, opening: str
+) -> None:
+    honest = Routes(FamilyServer(family))
+
+    def thinks(path: str, body: Mapping[str, object]) -> Mapping[str, object]:
+        reply: dict[str, Any] = dict(honest(path, body))
+        if path == "/apply-template":
+            reply["prompt"] += end
+        elif "messages" in body:
+            reply["tokens"] += LARGE.encode(end)
+        return reply
+
+    tokens = find_tokenize_routes(thinks, model=None)
+    assert tokens is not None
+    expected = TableTokenizer(LARGE).encode_prompt(RENDERED + end + opening)
+    assert tokens.prompt_ids([HI]) == tuple(expected)

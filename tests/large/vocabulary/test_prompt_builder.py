@@ -95,6 +95,22 @@ def test_what_the_large_model_wrote_keeps_its_own_ids() -> None:
     assert prompt.ids == (*begin, *LARGE.encode("the "), 3, 4, 5, *LARGE.encode("pine"), 7)
 
 
+class ThinkingTokenizer(TableTokenizer):
+    """The files of a model that always thinks."""
+
+    def render(self, messages: Sequence[Message]) -> str:
+        return super().render(messages) + "<think>\n"
+
+
+def test_thinking_that_the_template_of_files_begins_is_ended() -> None:
+    files = FileTokenSource(ThinkingTokenizer(LARGE))
+    expected = RENDERED + "<think>\n\n</think>\n\n"
+    rendered = files.prompt_text([HI])
+    assert rendered is not None
+    assert rendered.text == expected
+    assert files.prompt_ids([HI]) == tuple(TableTokenizer(LARGE).encode_prompt(expected))
+
+
 def test_a_foreign_text_prompt_is_rendered_in_the_large_models_template() -> None:
     tokens = FileTokenSource(TableTokenizer(LARGE))
     prompt = builder_for(TEXT, same=False, tokens=tokens).build(answered(Span("ab"), Span("c")))
