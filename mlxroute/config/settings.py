@@ -291,7 +291,7 @@ class Settings:
     @property
     def sampling(self) -> Sampling:
         """How the small model chooses its own tokens."""
-        return Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.seed)
+        return Sampling(self.temperature, self.top_p, self.seed, top_k=self.top_k, min_p=self.min_p)
 
 
 @cache

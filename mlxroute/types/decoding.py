@@ -99,18 +99,18 @@ class Sampling:
             float16. 0 by default.
         top_p: Nucleus sampling; 1, the default, keeps all tokens. Below 0.001 sampling is greedy:
             float32 sums over a vocabulary are no more precise.
+        seed: Makes sampling repeatable; None, the default, does not.
         top_k: Number of the likeliest tokens to draw from; 1 is greedy, and 0, the default, sets no
             limit.
         min_p: Probability, as a share of the likeliest token's, below which no token is drawn; 1 is
             greedy. 0 by default.
-        seed: Makes sampling repeatable; None, the default, does not.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
+    seed: int | None = None
     top_k: int = 0
     min_p: float = 0.0
-    seed: int | None = None
 
     @property
     def is_greedy(self) -> bool:

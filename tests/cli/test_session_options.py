@@ -51,7 +51,7 @@ SETTINGS = Settings(
 OPTIONS = Options(
     max_tokens=7,
     stop=("END",),
-    sampling=Sampling(0.8, 0.9, 40, 0.05, 11),
+    sampling=Sampling(0.8, 0.9, 11, top_k=40, min_p=0.05),
     timeout_s=4.0,
     strict=True,
     never_send=PATTERNS,
