@@ -1,15 +1,21 @@
-"""Files that are replaced in one step, and files that only their owner can read."""
+"""Files that are replaced in one step, that only their owner can read, or that a process locks."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from mlxroute.errors import UsageError
 from mlxroute.user_folders import expand_user
+
+# What `flock` raises on file systems without locks, such as some network ones.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 @contextlib.contextmanager
@@ -127,3 +133,42 @@ def make_private(path: Path) -> None:
     """Let only its owner read a file; a link, a device or a pipe keeps its mode. Raises OSError."""
     if stat.S_ISREG(path.lstat().st_mode):
         path.chmod(0o600)
+
+
+def lock_file(path: Path, *, on_wait: Callable[[], None]) -> BinaryIO | None:
+    """Make a file and lock it for this process; whoever has the lock may delete the file.
+
+    Args:
+        path: The file.
+        on_wait: Called before the wait for another process that has the lock.
+
+    Returns:
+        The open file, whose end is that of the lock; None on a file system without locks.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    while True:
+        handle = open(path, "wb")  # noqa: SIM115
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait()
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            # The process that had the lock removes the file, and another may have made it again.
+            if _is_at(path, handle):
+                return handle
+            handle.close()
+        except OSError as exc:
+            handle.close()
+            if exc.errno in _NO_LOCKS:
+                return None
+            raise
+
+
+def _is_at(path: Path, handle: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle.fileno()))
+    except FileNotFoundError:
+        return False

@@ -166,11 +166,8 @@ def fetch_and_store(store: Store, request: Request, *, staging_key: str) -> Loca
         manifest = Manifest(request.name, staged.source, staged.fingerprint, files)
         path = store.commit(request.key, staged.path, manifest)
     except BaseException:
-        # An unfinished download is kept, to be resumed by the next run with the same folder.
-        if staging_key == request.key:
-            store.trim_staging(staging_key)
-        else:
-            store.remove_staging(staging_key)
+        # An unfinished download is kept, to be resumed by the next run.
+        store.trim_staging(staging_key)
         raise
     store.remove_staging(staging_key)
     return request.model_in(path, manifest)

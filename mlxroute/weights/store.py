@@ -2,7 +2,8 @@
 
 <cache>/models/<key>/    a finished model with its manifest; created by renaming a staging folder
 <cache>/staging/<key>/   an unfinished download or conversion, kept so that it can be resumed;
-                         without file locks, <key>.<machine>.<process id>
+                         without file locks, <key>.<machine>.<process id>-<number> while a process
+                         has it, and <key>.left afterwards
 <cache>/locks/<key>      locked while a process fetches that model
 """
 
@@ -10,21 +11,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import psutil
 
 from mlxroute.errors import CorruptWeights, NotEnoughSpace, WeightsError
-from mlxroute.replace_file import replace_file
+from mlxroute.replace_file import lock_file, replace_file
 from mlxroute.types import Notify, Progress
 from mlxroute.untrusted_text import TextFile, parse_json
 from mlxroute.weights.byte_counter import ByteCounter, sha256_of
@@ -32,11 +33,10 @@ from mlxroute.weights.byte_counter import ByteCounter, sha256_of
 MANIFEST = "mlxroute-manifest.json"
 MANIFEST_VERSION = 1
 _MAX_MANIFEST_BYTES = 16 << 20
-# Begins the name of a finished model that is being deleted, in `staging`.
+# Begins the name of a folder that is being deleted, in `staging`.
 _DISCARDED = ".discarded-"
-
-# What `flock` raises on file systems without locks, such as some network ones.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+# Without file locks, the folder of a killed process is one in which nothing changed for so long.
+_LEFT_AFTER_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +189,7 @@ class Store:
             if target.exists():
                 (self.root / "staging").mkdir(exist_ok=True)
                 with contextlib.suppress(FileNotFoundError):
-                    target.rename(self.root / "staging" / f"{_DISCARDED}{os.urandom(8).hex()}")
+                    target.rename(_new_discarded(self.root / "staging"))
             self._remove_discarded()
 
     def _remove_discarded(self) -> None:
@@ -207,33 +207,41 @@ class Store:
         with disk_errors(self.root):
             folder.mkdir(parents=True, exist_ok=True)
             waiting = f"waiting for another mlxroute that is fetching {key}"
-            handle = _locked(folder / key, lambda: notify(waiting))
+            handle = lock_file(folder / key, on_wait=lambda: notify(waiting))
         if handle is None:
             notify(f"{self.root} is on a file system without locks; continuing without one")
-            yield self._unshared_key(key)
+            with self._unshared_key(key) as own_key:
+                yield own_key
             return
         try:
             yield key
         finally:
-            # Removed while it is locked: `_locked` opens the file again if it is gone.
+            # Removed while it is locked: `lock_file` opens the file again if it is gone.
             with handle, contextlib.suppress(OSError):
                 (folder / key).unlink()
 
-    def _unshared_key(self, key: str) -> str:
-        """Return the key of a staging folder of this process, which takes over that of a dead one.
+    @contextlib.contextmanager
+    def _unshared_key(self, key: str) -> Iterator[str]:
+        """Yield the key of a staging folder of its own, which takes over one that was left.
 
-        The folders of other machines stay: a process id is of one machine.
+        At the end, what is still there is left to the next process, on any machine. What a killed
+        process left is taken over only once it is old: another machine may have the same name.
         """
+        staging, left = self.root / "staging", f"{key}.left"
         prefix = f"{key}.{platform.node().replace('/', '-')}."
-        own = f"{prefix}{os.getpid()}"
-        for folder in (self.root / "staging").glob("*"):
-            match = re.fullmatch(rf"{re.escape(prefix)}(\d{{1,7}})", folder.name)
-            if match and not psutil.pid_exists(int(match[1])):
-                try:
-                    folder.rename(folder.with_name(own))
-                except OSError:
-                    shutil.rmtree(folder, ignore_errors=True)
-        return own
+        own = f"{prefix}{os.getpid()}-{os.urandom(4).hex()}"
+        for folder in staging.glob("*"):
+            match = re.fullmatch(rf"{re.escape(prefix)}(\d{{1,7}})(-[0-9a-f]{{8}})?", folder.name)
+            if folder.name == left or (match and _was_left(folder, int(match[1]))):
+                with contextlib.suppress(OSError):  # Another process has taken it over.
+                    os.utime(folder)  # For others it is no longer old.
+                    if not _moved(folder, staging / own):
+                        folder.rename(_new_discarded(staging))
+        try:
+            yield own
+        finally:
+            with contextlib.suppress(OSError):
+                (staging / own).rename(staging / left)
 
     def remove_staging(self, staging_key: str) -> None:
         """Remove a staging folder with its files."""
@@ -254,6 +262,22 @@ def _disk(path: Path) -> int:
     return path.stat().st_dev
 
 
+def _new_discarded(staging: Path) -> Path:
+    return staging / f"{_DISCARDED}{os.urandom(8).hex()}"
+
+
+def _was_left(folder: Path, process_id: int) -> bool:
+    """Return whether a staging folder's process is gone, and nothing has changed for some time."""
+    # A killed process in another container may have had the id that this one has here.
+    if process_id != os.getpid() and psutil.pid_exists(process_id):
+        return False
+    try:
+        times_s = [path.lstat().st_mtime for path in (folder, *folder.rglob("*"))]
+    except OSError:  # Something is changing right now.
+        return False
+    return time.time() - max(times_s) > _LEFT_AFTER_S
+
+
 def _moved(folder: Path, target: Path) -> bool:
     """Rename a folder; return False if there is one with files at the target."""
     try:
@@ -271,34 +295,6 @@ def _remove_empty(path: Path) -> None:
             path.rmdir()
         elif path.stat().st_size == 0:
             path.unlink()
-
-
-def _locked(path: Path, on_wait: Callable[[], None]) -> BinaryIO | None:
-    """Return the open file of a lock that this process now has; None without file locks."""
-    while True:
-        handle = open(path, "wb")  # noqa: SIM115
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                on_wait()
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            # The process that had the lock removes the file, and another may have made it again.
-            if _is_same_file(path, handle):
-                return handle
-            handle.close()
-        except OSError as exc:
-            handle.close()
-            if exc.errno in _NO_LOCKS:
-                return None
-            raise
-
-
-def _is_same_file(path: Path, handle: BinaryIO) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(handle.fileno()))
-    except FileNotFoundError:
-        return False
 
 
 def _manifest(table: Mapping[str, Any]) -> Manifest:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from mlxroute.errors import (
 from mlxroute.replace_file import replace_file
 from mlxroute.types import no_notice, no_progress
 from mlxroute.weights.byte_counter import sha256_of
+from mlxroute.weights.request import Request, StagedModel, fetch_and_store
 from mlxroute.weights.store import Manifest, Store, disk_errors, record_file
 from tests.support.gguf_files import TinyModel, write_gguf
 
@@ -535,13 +537,16 @@ def test_a_model_that_another_process_stored_meanwhile_stays_in_use(tmp_path: Pa
     assert (store.model_dir("tiny") / "config.json").exists()
 
 
-def test_a_file_system_without_locks_is_said(
-    catalog: Catalog, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*arguments: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_a_file_system_without_locks_is_said(catalog: Catalog, gguf: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     get(gguf, catalog, tmp_path / "cache", notify=lines.append)
     assert lines == [
@@ -549,27 +554,86 @@ def test_a_file_system_without_locks_is_said(
     ]
 
 
-def test_without_locks_the_staging_folder_of_a_killed_process_is_taken_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def dead_pid() -> int:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    return process.pid
+
+
+def stage_half(folder: Path, *, age_s: float) -> None:
+    """Make a staging folder, an hour old, with half a file of a given age."""
+    (folder / "hub").mkdir(parents=True)
+    (folder / "hub" / "model").write_text("half")
+    now_s = time.time()
+    for path, path_age_s in ((folder / "hub" / "model", age_s), (folder / "hub", 3600.0)):
+        os.utime(path, (now_s - path_age_s, now_s - path_age_s))
+    os.utime(folder, (now_s - 3600.0, now_s - 3600.0))
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_without_locks_the_old_staging_folder_of_a_killed_process_is_taken_over(
+    tmp_path: Path,
 ) -> None:
-    def no_locks(*arguments: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    def dead_pid() -> int:
-        with subprocess.Popen([sys.executable, "-c", ""]) as process:
-            pass
-        return process.pid
-
-    monkeypatch.setattr("fcntl.flock", no_locks)
     here, dead = platform.node(), dead_pid()
-    others = {f"tiny.{here}.1", f"tiny.elsewhere.{dead}", f"tiny-2.{here}.{dead}"}
-    for name in (*others, f"tiny.{here}.{dead}", f"tiny.{here}.{dead_pid()}"):
-        (tmp_path / "staging" / name).mkdir(parents=True)
-        (tmp_path / "staging" / name / "model.gguf").write_text("half")
+    others = {f"tiny.{here}.1-0a0a0a0a", f"tiny.elsewhere.{dead}", f"tiny-2.{here}.{dead}"}
+    left = {
+        f"tiny.{here}.{dead}",
+        f"tiny.{here}.{dead_pid()}-0b0b0b0b",
+        f"tiny.{here}.{os.getpid()}",
+    }
+    for name in others | left:
+        stage_half(tmp_path / "staging" / name, age_s=3600.0)
     store = Store(tmp_path)
     with store.lock("tiny", notify=no_notice) as key:
-        assert (store.staging_dir(key) / "model.gguf").read_text() == "half"
+        assert (store.staging_dir(key) / "hub" / "model").read_text() == "half"
         assert {path.name for path in (tmp_path / "staging").iterdir()} == {key, *others}
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_without_locks_a_download_of_another_machine_with_the_same_name_is_left_alone(
+    tmp_path: Path,
+) -> None:
+    name = f"tiny.{platform.node()}.{dead_pid()}"
+    stage_half(tmp_path / "staging" / name, age_s=60.0)
+    store = Store(tmp_path)
+    with store.lock("tiny", notify=no_notice) as key:
+        assert not list(store.staging_dir(key).iterdir())
+    assert (tmp_path / "staging" / name / "hub" / "model").exists()
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_without_locks_no_two_fetches_share_a_staging_folder(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with store.lock("tiny", notify=no_notice) as first:
+        stage_half(tmp_path / "staging" / first, age_s=60.0)
+        with store.lock("tiny", notify=no_notice) as second:
+            assert not list(store.staging_dir(second).iterdir())
+
+
+@pytest.mark.usefixtures("without_locks")
+@pytest.mark.parametrize("failure", [BaseException("Ctrl-C"), WeightsError("no data for 60 s")])
+def test_without_locks_the_next_run_goes_on_with_what_an_interrupted_one_has_fetched(
+    tmp_path: Path, failure: BaseException
+) -> None:
+    store = Store(tmp_path)
+
+    def fetch(staging: Path) -> StagedModel:
+        folder = staging / "hub"
+        folder.mkdir(exist_ok=True)
+        if not (folder / "config.json").exists():
+            (folder / "config.json").write_text("{}")
+            raise failure
+        return StagedModel(folder, "here", {})
+
+    asked = Request(
+        name="tiny", key="tiny", is_current=lambda _: True, needs_network=True, fetch=fetch
+    )
+    with pytest.raises(type(failure)), store.lock("tiny", notify=no_notice) as key:
+        fetch_and_store(store, asked, staging_key=key)
+    with store.lock("tiny", notify=no_notice) as key:
+        model = fetch_and_store(store, asked, staging_key=key)
+    assert (model.path / "config.json").exists()
+    assert not (tmp_path / "staging").exists()
 
 
 def test_what_a_killed_process_was_deleting_is_gone_before_the_next_fetch(
