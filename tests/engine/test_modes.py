@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxroute.engine import Answer, Experience, Options
+from mlxroute.engine.escalation.calls import AnswerCalls, Call
 from mlxroute.engine.experience import MovingAverage
+from mlxroute.engine.protocols import PendingCallProtocol
 from mlxroute.errors import LargeError, LargeUnsendable
 from mlxroute.routers import EntropyRouter
 from mlxroute.types import Event, Mode, Provisional, Retracted, RunStats, Source, Token
@@ -310,6 +312,27 @@ def test_prefetched_tokens_without_logprobs_are_asked_for_again_to_compare_them(
     assert sum(r.stats.accepted for r in ahead) > 9
     # Those with logprobs are used.
     assert sum(r.stats.prefetch_used for r in ahead) > 0
+
+
+def test_streams_whose_tokens_lack_logprobs_are_not_waited_for_again_and_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    joins: list[object] = []
+    join = AnswerCalls.join
+
+    def counted(calls: AnswerCalls, pending: PendingCallProtocol) -> Call:
+        joins.append(pending)
+        return join(calls, pending)
+
+    monkeypatch.setattr(AnswerCalls, "join", counted)
+    worlds = [
+        World(i, doubt=1.0, agreement=1.0, end=0.0, loss=0.0, streams=True, drafted=1.0)
+        for i in range(9)
+    ]
+    for world in worlds:
+        run(world, prefetch=8, accept_within=0.2)
+    # Once in an answer, and again where that stream ended before its second token.
+    assert len(joins) < 2 * len(worlds)
 
 
 @pytest.mark.parametrize("window", [0, 9])

@@ -199,13 +199,19 @@ class Decider:
     def start_call(self, transcript: Transcript) -> Call:
         """Start a call for the position after the transcript.
 
-        If a call in flight may still prefetch that token, join it instead.
+        If a call in flight may still prefetch that token, and the answer's prefetched tokens so far
+        were not all inconclusive, join it instead.
         """
-        if not transcript.ends_in_character:
+        if not transcript.ends_in_character and self._may_join():
             pending = self._prefetched.pending(transcript.ids)
             if pending is not None:
                 return self._calls.join(pending)
         return self._calls.start(transcript.context(), len(transcript))
+
+    def _may_join(self) -> bool:
+        """Return whether a prefetched token to come may be conclusive, judged by earlier ones."""
+        earlier = self._prefetched.arrived
+        return not earlier or any(map(self._is_conclusive, earlier))
 
     def decide_from_call(
         self, small_choice: Decision, call: Call, ids: Sequence[int]

@@ -121,6 +121,11 @@ class PrefetchedTokens:
         return self._dropped + kept
 
     @property
+    def arrived(self) -> list[LargeToken]:
+        """The tokens of kept continuations beyond those that calls were made for."""
+        return [token for continuation in self._continuations for token in continuation.tokens[1:]]
+
+    @property
     def is_pending(self) -> bool:
         """Whether more tokens may arrive."""
         return any(continuation.is_pending for continuation in self._continuations)
