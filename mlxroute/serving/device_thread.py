@@ -20,7 +20,7 @@ from mlxroute.errors import MlxRouteError
 from mlxroute.serving.prompts import ServedPrompt
 from mlxroute.serving.requests import SchedulerClosed
 from mlxroute.serving.sequence import DecodedSequence
-from mlxroute.serving.shared_prefixes import keep_read_part, load_prefix
+from mlxroute.serving.shared_prefixes import ReadChunks, keep_read_part, load_prefix
 from mlxroute.serving.small_client import (
     DeviceRequest,
     Feed,
@@ -186,6 +186,8 @@ class DeviceThread:
     def _take_turn(self) -> None:
         for client, request in list(self._requests.items()):
             if client.cancellation is not None and not isinstance(request, Release):
+                if client in self._prefills:
+                    self._prefills[client].close()
                 self._reply(client, client.cancellation)
             elif isinstance(request, Invoke):
                 self._attempt(client, request.function)
@@ -257,17 +259,22 @@ class DeviceThread:
     ) -> Generator[None, None, int]:
         """Run a prompt; yield after each part, return the number of ids reused."""
         small, ids = client.sequence.small, request.prompt_ids
+        chunks = ReadChunks(client, self.prefix_cache)
 
         def report(label: str, done: int, total: int | None) -> None:
-            # If the client leaves, the next try of its prompt goes on after the last whole chunk.
-            if done < len(ids) - 1 and client.sequence.is_divisible:
-                keep_read_part(client, self.prefix_cache)
+            chunks.update()
             request.progress(label, done, total)
 
         # When its turn comes, because prompts before it may begin in the same way.
         if not client.is_exact:
             load_prefix(client, ids[:-1], self.prefix_cache, self._decoding)
-        return (yield from small.prefill_in_parts(ids, sampling=request.sampling, progress=report))
+        parts = small.prefill_in_parts(ids, sampling=request.sampling, progress=report)
+        try:
+            return (yield from parts)
+        except GeneratorExit:
+            # The client has left: the next try of its prompt goes on after the last whole chunk.
+            chunks.keep()
+            raise
 
     def _prefill_must_wait(self) -> bool:
         if self._prefill_debt_s <= 0:

@@ -9,6 +9,7 @@ from mlxroute.sequences import common_prefix_length
 from mlxroute.serving.small_client import SmallClient
 
 if TYPE_CHECKING:
+    from mlxroute.small.kv_cache import CacheLayers
     from mlxroute.small.prefix_cache import PrefixCache
 
 
@@ -38,3 +39,30 @@ def load_prefix(
 def keep_read_part(client: SmallClient, cache: PrefixCache) -> None:
     """Keep what a client has read of its prompt for later prompts of its owner."""
     cache.add(client.sequence.layers, client.sequence.ids, client.prompt.owner)
+
+
+class ReadChunks:
+    """The whole chunks that have been read of a prompt, to be kept if its client leaves.
+
+    They are not kept before, as a prompt that is too large to be kept would displace others.
+
+    Args:
+        client: The client.
+        cache: Where they are kept.
+    """
+
+    def __init__(self, client: SmallClient, cache: PrefixCache) -> None:
+        self._client = client
+        self._cache = cache
+        self._layers: CacheLayers = []
+        self._ids: Sequence[int] = ()
+
+    def update(self) -> None:
+        """Note what the client has read, after each chunk; nothing if it could not be kept."""
+        sequence = self._client.sequence
+        if sequence.is_divisible and self._cache.fits(sequence.layers):
+            self._layers, self._ids = sequence.copy(len(sequence.ids))
+
+    def keep(self) -> None:
+        """Keep them for later prompts of the client's owner."""
+        self._cache.add(self._layers, self._ids, self._client.prompt.owner)

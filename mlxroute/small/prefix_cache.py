@@ -60,7 +60,7 @@ class PrefixCache:
         kept = share(layers, len(ids)) if is_divisible else copy.deepcopy(layers)
         # What is kept is a view of the owner's buffers, which have room for more tokens.
         size_bytes = sum(layer.nbytes for layer in layers)
-        if len(ids) < MIN_PREFIX_TOKENS or size_bytes > self._max_bytes:
+        if len(ids) < MIN_PREFIX_TOKENS or not self.fits(layers):
             return
         for key, entry in list(self._entries.items()):
             if entry.owner != owner:
@@ -76,6 +76,10 @@ class PrefixCache:
         self.size_bytes += size_bytes
         while self.size_bytes > self._max_bytes:
             self._remove(next(iter(self._entries)))
+
+    def fits(self, layers: CacheLayers) -> bool:
+        """Return whether a KV cache is small enough to be kept."""
+        return bool(sum(layer.nbytes for layer in layers) <= self._max_bytes)
 
     def find(
         self, token_ids: Sequence[int], owner: str = ""

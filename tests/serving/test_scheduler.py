@@ -213,6 +213,24 @@ def test_a_prompt_whose_client_left_goes_on_after_its_last_whole_chunk(
     assert answer.stats.cached_prompt_tokens == 64
 
 
+def test_a_prompt_that_is_too_large_to_keep_displaces_no_other(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlxroute.small.model.PREFILL_STEP_SIZE", 32)
+    asked = request(PROMPTS[3])
+    with AnswerScheduler(small, None) as scheduler:
+        written(scheduler.submit(asked))
+        kept_bytes = scheduler.figures().cache_bytes
+    # The first chunks would fit, but only without the other prompt.
+    with AnswerScheduler(small, None, cache_bytes=kept_bytes * 3 // 2) as scheduler:
+        written(scheduler.submit(asked))
+        written(scheduler.submit(replace(asked, prompt=[5 + i % 250 for i in range(300)])))
+        again = scheduler.submit(asked)
+        written(again)
+    assert again.stats is not None
+    assert again.stats.cached_prompt_tokens == len(again.prompt.ids) - 1
+
+
 def test_the_scoring_of_a_prompt_can_be_stopped_between_its_parts(
     scheduler: AnswerScheduler,
 ) -> None:
