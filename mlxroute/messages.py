@@ -28,6 +28,12 @@ _THINKING: Final = [
 ]
 # Some templates write the opening tag themselves, as the last part of the prompt.
 _THINKING_END: Final = re.compile(r"^[ \t]*</(?:think|thinking)>[ \t]*(?:\n\s*|\Z)", re.MULTILINE)
+ANSWER_OPENINGS: Final = {
+    "<think>\n": "\n</think>\n\n",
+    "<think>": "\n\n</think>\n\n",
+    "<|start|>assistant": "<|channel|>final<|message|>",
+}
+"""Ends of rendered prompts of models that always think, and what `answer_opening` returns there."""
 
 
 def read_messages(messages: Sequence[Mapping[str, object]]) -> tuple[Message, ...]:
@@ -59,9 +65,7 @@ def answer_opening(prompt: str) -> str:
     Templates of models that always think end with an open mark, that of gpt-oss before the name of
     a channel. What follows is what such models have seen before answers without thinking.
     """
-    if prompt.endswith("<|start|>assistant"):
-        return "<|channel|>final<|message|>"
-    return "\n</think>\n\n" if prompt.rstrip().endswith("<think>") else ""
+    return next((text for end, text in ANSWER_OPENINGS.items() if prompt.endswith(end)), "")
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:

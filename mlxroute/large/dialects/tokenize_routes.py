@@ -15,15 +15,13 @@ from mlxroute.errors import LargeProtocolError, LargeRefused, LargeUnreadable
 from mlxroute.large.dialects.base import NO_THINKING
 from mlxroute.large.dialects.json_fields import as_array, as_text, as_token_id
 from mlxroute.large.prompt import check_last_turn
-from mlxroute.messages import answer_opening, fold_system
+from mlxroute.messages import ANSWER_OPENINGS, fold_system
 from mlxroute.tokenizers.control_tokens import ControlTokens
 from mlxroute.types import Message, PromptText
 
 _T = TypeVar("_T")
 _SAMPLE: Final = "Hello world"
 _SAMPLE_TURNS: Final[tuple[Message, ...]] = ({"role": "user", "content": _SAMPLE},)
-# Ids at the end of a prompt that hold the mark with which thinking begins, in any vocabulary.
-_TAIL: Final = 16
 # Characters and ids in the cache: some 40 MB of memory.
 _MAX_CACHED: Final = 1 << 20
 _ANCHOR: Final = "\n"
@@ -92,10 +90,18 @@ class TokenizeRoutes(ABC):
         routes._post = post
         return routes
 
-    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Return the ids of a conversation in the server's chat template."""
-        key = ("prompt", json.dumps(list(messages)))
-        return self._cache.get(key, lambda: self._encode_accepted(messages))
+    def prompt_ids(self, messages: Sequence[Message], *, thinks: bool = False) -> tuple[int, ...]:
+        """Return the ids of a conversation in the server's chat template.
+
+        Thinking that the template begins is ended, unless the answer `thinks`.
+        """
+
+        def encode() -> tuple[int, ...]:
+            ids = self._encode_accepted(messages)
+            return ids if thinks else self._end_thinking(ids)
+
+        kind = "thinking prompt" if thinks else "prompt"
+        return self._cache.get((kind, json.dumps(list(messages))), encode)
 
     def takes_messages(self) -> bool:
         """Return whether the server encodes conversations, as a request for one shows."""
@@ -107,13 +113,16 @@ class TokenizeRoutes(ABC):
             raise
         return True
 
-    def prompt_text(self, messages: Sequence[Message]) -> PromptText | None:
+    def prompt_text(
+        self, messages: Sequence[Message], *, thinks: bool = False
+    ) -> PromptText | None:
         """Return None: the routes give ids only."""
         return None
 
     def rendered_ids(self, text: str) -> tuple[int, ...]:
         """Return the ids of a whole prompt; names of control tokens in it become control tokens."""
-        return self._cache.get(("rendered", text), lambda: self._encode_rendered(text))
+        key = ("rendered", text)
+        return self._cache.get(key, lambda: self._encode_markers(text, is_first=True))
 
     def _encode_accepted(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Encode the messages; without a system role if the server's template refuses it."""
@@ -124,6 +133,23 @@ class TokenizeRoutes(ABC):
             if exc.status not in TEMPLATE_STATUSES or folded == list(messages):
                 raise
             return self._encode_messages(folded)
+
+    def _end_thinking(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the ids of a prompt, with the end of thinking that its template begins.
+
+        The ids at the prompt's end are compared with those of the ends in `ANSWER_OPENINGS`. The
+        ids of the end and its opening, encoded as one text, take their place.
+        """
+        for end, opening in ANSWER_OPENINGS.items():
+            end_ids = self._end_ids(end)
+            if end_ids and ids[-len(end_ids) :] == end_ids:
+                return ids[: -len(end_ids)] + self._end_ids(end + opening)
+        return ids
+
+    def _end_ids(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a text at a prompt's end, control tokens included."""
+        key = ("end", text)
+        return self._cache.get(key, lambda: self._encode_markers(text, is_first=False))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the ids of a piece of plain text."""
@@ -176,7 +202,11 @@ class TokenizeRoutes(ABC):
     def _encode_messages(self, messages: Sequence[Message]) -> tuple[int, ...]: ...
 
     @abstractmethod
-    def _encode_rendered(self, text: str) -> tuple[int, ...]: ...
+    def _encode_markers(self, text: str, *, is_first: bool) -> tuple[int, ...]:
+        """Return the ids of a template's text, control tokens included.
+
+        A text that `is_first` gets the begin token that the server adds.
+        """
 
     @abstractmethod
     def _encode(self, text: str) -> tuple[int, ...]: ...
@@ -232,19 +262,14 @@ class LlamaTokenizeRoutes(TokenizeRoutes):
 
     def _render(self, messages: Sequence[Message]) -> str:
         body = {"messages": list(messages), **NO_THINKING}
-        text = self._call("/apply-template", body, _text_under("prompt"))
-        return text + answer_opening(text)
+        return self._call("/apply-template", body, _text_under("prompt"))
 
     def _encode_markers(self, text: str, *, is_first: bool) -> tuple[int, ...]:
-        """Return the ids of the template's text, control tokens included."""
         body: dict[str, object] = {"add_special": is_first, "parse_special": True}
         if is_first or not self._anchor_ids:
             return self._tokenize({"content": text, **body})
         ids = self._tokenize({"content": _ANCHOR + text, **body})
         return _ids_after(self._anchor_ids, ids) or self._tokenize({"content": text, **body})
-
-    def _encode_rendered(self, text: str) -> tuple[int, ...]:
-        return self._encode_markers(text, is_first=True)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return self._tokenize({"content": text, "add_special": False, "parse_special": False})
@@ -265,19 +290,11 @@ class VllmTokenizeRoutes(TokenizeRoutes):
 
     def _encode_messages(self, messages: Sequence[Message]) -> tuple[int, ...]:
         body = {"messages": list(messages), "add_generation_prompt": True, **NO_THINKING}
-        ids = self._call("/tokenize", body, _token_ids)
-        return ids + self._opening_ids(ids[-_TAIL:])
+        return self._call("/tokenize", body, _token_ids)
 
-    def _opening_ids(self, tail: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the ids of `answer_opening` for a prompt that ends with these ids."""
-
-        def ask() -> tuple[int, ...]:
-            opening = answer_opening(self.decode(tail))
-            return self._encode_without_prefix(opening) if opening else ()
-
-        return self._cache.get(("opening", json.dumps(tail)), ask)
-
-    def _encode_rendered(self, text: str) -> tuple[int, ...]:
+    def _encode_markers(self, text: str, *, is_first: bool) -> tuple[int, ...]:
+        if not is_first:
+            return self._encode_without_prefix(text)
         return self._call("/tokenize", {"prompt": text, "add_special_tokens": True}, _token_ids)
 
     def _encode(self, text: str) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from mlxroute.errors import LargeNotContinued, LargeProtocolError, LargeUnsendab
 from mlxroute.large.prompt import Prompt, PromptForm
 from mlxroute.large.vocabulary import retokenised
 from mlxroute.large.vocabulary.token_sources import FileTokenSource, TokenSource
+from mlxroute.messages import answer_opening
 from mlxroute.tokenizers.control_tokens import ControlTokens, control_tokens
 from mlxroute.types import LargeContext, LargeToken, Message, PromptText
 
@@ -122,7 +123,7 @@ class PromptBuilder:
         if tokens.reads_control_tokens:
             messages, names = self._plain_messages(context)
         try:
-            return list(tokens.prompt_ids(messages)), names
+            return list(tokens.prompt_ids(messages, thinks=_thinks(context))), names
         except UsageError as exc:
             raise LargeProtocolError(str(exc)) from exc
 
@@ -132,7 +133,7 @@ class PromptBuilder:
         answer = "" if rendered is None else context.text[len(rendered.text) :]
         if not self.same_vocabulary and self.tokens is not None and context.messages:
             try:
-                own = self.tokens.prompt_text(context.messages)
+                own = self.tokens.prompt_text(context.messages, thinks=_thinks(context))
             except UsageError as exc:
                 raise LargeProtocolError(str(exc)) from exc
             if own is not None:
@@ -182,3 +183,11 @@ def _rendered(context: LargeContext) -> PromptText:
 
 def _answer_text(context: LargeContext) -> str:
     return "".join(span.text for span in context.spans)
+
+
+def _thinks(context: LargeContext) -> bool:
+    """Return whether the answer begins with thinking, as the small model's template begins it."""
+    if context.prompt is None:
+        return False
+    template_end = len(context.text) - len(_answer_text(context))
+    return bool(answer_opening(context.prompt.marked[:template_end]))

@@ -31,11 +31,17 @@ class TokenSource(Protocol):
         """The begin token that servers add to a text themselves; empty if there is none."""
         ...
 
-    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Return the ids of a conversation in the large model's template, ready for the answer."""
+    def prompt_ids(self, messages: Sequence[Message], *, thinks: bool = False) -> tuple[int, ...]:
+        """Return the ids of a conversation in the large model's template, ready for the answer.
+
+        Thinking that the template begins is ended (`messages.answer_opening`), unless the answer
+        `thinks`: its beginning is the small model's thinking.
+        """
         ...
 
-    def prompt_text(self, messages: Sequence[Message]) -> PromptText | None:
+    def prompt_text(
+        self, messages: Sequence[Message], *, thinks: bool = False
+    ) -> PromptText | None:
         """Return the text of `prompt_ids`; None if the source gives ids only."""
         ...
 
@@ -71,11 +77,13 @@ class FileTokenSource:
     def bos_text(self) -> str:
         return self.tokenizer.vocabulary.bos_text
 
-    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        return self._encode_conversation(messages).ids
+    def prompt_ids(self, messages: Sequence[Message], *, thinks: bool = False) -> tuple[int, ...]:
+        return self._encode_conversation(messages, thinks=thinks).ids
 
-    def prompt_text(self, messages: Sequence[Message]) -> PromptText | None:
-        return self._encode_conversation(messages).rendered
+    def prompt_text(
+        self, messages: Sequence[Message], *, thinks: bool = False
+    ) -> PromptText | None:
+        return self._encode_conversation(messages, thinks=thinks).rendered
 
     def rendered_ids(self, text: str) -> tuple[int, ...]:
         return self.tokenizer.encode_rendered(text).ids
@@ -87,9 +95,9 @@ class FileTokenSource:
     def encode(self, text: str) -> tuple[int, ...]:
         return self.tokenizer.vocabulary.encode(text)
 
-    def _encode_conversation(self, messages: Sequence[Message]) -> EncodedPrompt:
+    def _encode_conversation(self, messages: Sequence[Message], *, thinks: bool) -> EncodedPrompt:
         encoded = self.tokenizer.encode_conversation(messages)
         text, marked = encoded.rendered.text, encoded.rendered.marked
-        if not (opening := answer_opening(marked)):
+        if thinks or not (opening := answer_opening(marked)):
             return encoded
         return self.tokenizer.encode_rendered(PromptText(text + opening, marked + opening))

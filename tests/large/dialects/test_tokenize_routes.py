@@ -13,15 +13,18 @@ from mlxroute.errors import LargeRefused
 from mlxroute.large.dialects import tokenize_routes
 from mlxroute.large.dialects.json_fields import parse_object
 from mlxroute.large.dialects.tokenize_routes import find_tokenize_routes
+from mlxroute.messages import ANSWER_OPENINGS
 from mlxroute.types import Message
 from tests.support import family_servers
 from tests.support.family_servers import FamilyServer
 from tests.support.loopback import Request
-from tests.support.vocabularies import TableTokenizer
+from tests.support.vocabularies import TableTokenizer, TableVocabulary
 
 HI: Message = {"role": "user", "content": "hi"}
 LARGE = family_servers.VOCABULARY
 RENDERED = "<s>user\nhi<|im_end|>\n<s>assistant\n"
+# Two line breaks are one token, and a mark of gpt-oss is a control token.
+THINKING = TableVocabulary([*family_servers.PIECES, "ĊĊ"], end_name="<|start|>")
 
 
 @dataclass
@@ -49,7 +52,11 @@ def test_the_routes_of_a_truthful_server_are_found_and_asked_once_for_a_text(fam
         assert tokens.encode("pineapple") == LARGE.encode("pineapple")
         rendered = TableTokenizer(LARGE).encode_prompt(RENDERED)
         assert tokens.prompt_ids([HI]) == tuple(rendered)
-    assert len(routes.asked) == asked + 3
+    for_messages = 2 if family == "llama-server" else 1
+    # The ends of prompts that begin thinking are asked for once, whatever the conversation.
+    assert len(routes.asked) == asked + 1 + for_messages + len(ANSWER_OPENINGS)
+    tokens.prompt_ids([{"role": "user", "content": "the"}])
+    assert len(routes.asked) == asked + 1 + 2 * for_messages + len(ANSWER_OPENINGS)
     assert tokens.encode("<s>") == LARGE.encode("<s>") or family != "llama-server"
     assert tokens.prompt_text([HI]) is None
     assert tokens.bos_text == ""
@@ -201,24 +208,33 @@ def test_a_system_message_that_the_servers_template_leaves_out_begins_the_first_
     assert tokens.prompt_ids([_SYSTEM, HI]) == tokens.prompt_ids([folded])
 
 
+@pytest.mark.parametrize("thinks", [False, True])
 @pytest.mark.parametrize("family", ["vllm", "sglang", "llama-server"])
 @pytest.mark.parametrize(
-    ("end", "opening"), [("<think>\n", "\n</think>\n\n"), ("<think>\n\n</think>\n\n", "")]
+    ("end", "closed"),
+    [
+        ("<think>\n", "<think>\n\n</think>\n\n"),
+        ("<think>", "<think>\n\n</think>\n\n"),
+        ("<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),
+        ("<|start|>assistant", "<|start|>assistant<|channel|>final<|message|>"),
+    ],
 )
-def test_thinking_that_the_servers_template_begins_is_ended(
-    family: str, end: str, opening: str
+def test_thinking_that_the_servers_template_begins_is_ended_unless_the_answer_thinks(
+    family: str, end: str, closed: str, *, thinks: bool
 ) -> None:
-    honest = Routes(FamilyServer(family))
+    files = TableTokenizer(THINKING)
+    honest = Routes(FamilyServer(family, vocabulary=THINKING))
 
-    def thinks(path: str, body: Mapping[str, object]) -> Mapping[str, object]:
+    def begins(path: str, body: Mapping[str, object]) -> Mapping[str, object]:
         reply: dict[str, Any] = dict(honest(path, body))
         if path == "/apply-template":
             reply["prompt"] += end
         elif "messages" in body:
-            reply["tokens"] += LARGE.encode(end)
+            reply["tokens"] += files.encode_prompt(end)
         return reply
 
-    tokens = find_tokenize_routes(thinks, model=None)
+    tokens = find_tokenize_routes(begins, model=None)
     assert tokens is not None
-    expected = TableTokenizer(LARGE).encode_prompt(RENDERED + end + opening)
-    assert tokens.prompt_ids([HI]) == tuple(expected)
+    assert tokens.prompt_ids([HI], thinks=not thinks)
+    expected = files.encode_prompt(files.render([HI]) + (end if thinks else closed))
+    assert tokens.prompt_ids([HI], thinks=thinks) == tuple(expected)

@@ -111,6 +111,24 @@ def test_thinking_that_the_template_of_files_begins_is_ended() -> None:
     assert files.prompt_ids([HI]) == tuple(TableTokenizer(LARGE).encode_prompt(expected))
 
 
+@pytest.mark.parametrize("asked", [IDS, TEXT])
+@pytest.mark.parametrize("begun", ["", "Well, "])
+def test_the_large_model_continues_the_thinking_of_the_small_one(
+    asked: Dialect, begun: str
+) -> None:
+    """Both templates begin to think; the caller may have begun the answer."""
+    small = "<s>small template <think>\n" + begun
+    thoughts = answered(Span(begun + "ab"))
+    thoughts = replace(thoughts, text=small + "ab", prompt=PromptText(small, small))
+    files = FileTokenSource(ThinkingTokenizer(LARGE))
+    prompt = builder_for(asked, same=False, tokens=files).build(thoughts)
+    if asked is IDS:
+        begin = TableTokenizer(LARGE).encode_prompt(RENDERED + "<think>\n")
+        assert prompt.ids == (*begin, *LARGE.encode(begun + "ab"))
+    else:
+        assert prompt.text == RENDERED + "<think>\n" + begun + "ab"
+
+
 def test_a_foreign_text_prompt_is_rendered_in_the_large_models_template() -> None:
     tokens = FileTokenSource(TableTokenizer(LARGE))
     prompt = builder_for(TEXT, same=False, tokens=tokens).build(answered(Span("ab"), Span("c")))
