@@ -36,6 +36,7 @@ class ChatTokenizer:
         self._encoder = PromptEncoder(tokenizer, self.vocabulary)
         self._template: tuple[Any, ChatTemplate] | None = None
         self._last: EncodedPrompt | None = None
+        self._last_rendered: EncodedPrompt | None = None
         self._lock = self.vocabulary.encoding_lock
 
     @classmethod
@@ -88,7 +89,10 @@ class ChatTokenizer:
         """
         rendered = PromptText(prompt, prompt) if isinstance(prompt, str) else prompt
         with self._lock:
-            return EncodedPrompt(tuple(self._encoder.encode(rendered)), rendered)
+            if self._last_rendered is None or self._last_rendered.rendered != rendered:
+                ids = tuple(self._encoder.encode(rendered))
+                self._last_rendered = EncodedPrompt(ids, rendered)
+            return self._last_rendered
 
     def _drops_space_after(self, prompt_ids: tuple[int, ...]) -> bool:
         """Return whether a space at the beginning of an answer is the tokenizer's own.

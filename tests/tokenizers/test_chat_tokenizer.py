@@ -194,6 +194,14 @@ def test_an_answer_drops_the_space_that_decoding_drops(tokenizer: ChatTokenizer)
     assert not tokenizer.encode_rendered(prompt.text).drops_space
 
 
+def test_a_rendered_text_is_not_encoded_again_at_every_position(tokenizer: ChatTokenizer) -> None:
+    first = tokenizer.encode_rendered("one two three")
+    tokenizer.encode_conversation(_user("one"))
+    # Every position of an answer asks for both.
+    assert tokenizer.encode_rendered("one two three") is first
+    assert tokenizer.encode_rendered("one two") != first
+
+
 @pytest.mark.parametrize(
     ("template", "drops_space"),
     [
