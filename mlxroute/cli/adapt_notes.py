@@ -40,8 +40,9 @@ def warn_of_answers(
         print_note(
             err,
             f"warning: the large model's server gave no probabilities for {missing:,} of"
-            f" {len(choices):,} tokens, which are learned as if they were certain; llama-server"
-            " gives them if it has no draft model",
+            f" {len(choices):,} tokens, which are learned as if they were certain; use a server"
+            " that gives logprobs (see `mlxroute probe`); llama-server gives them only without a"
+            " draft model",
             style=WARNING_STYLE,
         )
 
