@@ -54,7 +54,7 @@ def _cgroup_available() -> list[int]:
 
 
 def _own_folders(controller: str) -> set[Path]:
-    """Return the folders of this process's group and of those above it, some of which may lack.
+    """Return the folders of this process's group and of those above it; some may not exist.
 
     A container often has a view of its own group alone, as the topmost one.
     """

@@ -43,7 +43,7 @@ _EXIT_WAIT_S: Final = 1.0
 _LOADING: Final = "loading the large model"
 _STILL_LOADING: Final = 503
 _BACKLOG: Final = 16
-# Of the cache of another user, or one that is read-only.
+# Errors for a log in the cache of another user, or in a read-only one.
 _DENIED: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
 _FIRST_REQUEST: Final = b'{"prompt": "1, 2, 3,", "max_tokens": 1, "temperature": 0}'
 

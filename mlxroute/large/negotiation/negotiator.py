@@ -129,8 +129,8 @@ class Negotiator:
         digest = fingerprint(vocabulary)
         remembered = None if verdict is None else verdict.compared(digest)
         if remembered is not None:
-            sampled = self._compare_sample(vocabulary, next_deadline)
-            if sampled is None or sampled is remembered.is_shared:
+            is_same = self._compare_again(vocabulary, next_deadline)
+            if is_same is None or is_same is remembered.is_shared:
                 return VocabularyComparison(remembered.is_shared, remembered.difference)
         comparison = self._compare(vocabulary, next_deadline)
         shared = comparison.is_same
@@ -141,7 +141,7 @@ class Negotiator:
             self._verdicts.save(verdict, model=self.model.given)
         return comparison
 
-    def _compare_sample(self, vocabulary: Vocabulary, next_deadline: NextDeadline) -> bool | None:
+    def _compare_again(self, vocabulary: Vocabulary, next_deadline: NextDeadline) -> bool | None:
         """Return whether all tokens are those of the files, or a sample of them the server's.
 
         None if neither tells.
