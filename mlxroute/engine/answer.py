@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -104,8 +105,7 @@ class Answer:
             clock=clock,
             batching=batching,
         )
-        # A batch would draw other random numbers than a single row.
-        self._ahead = AheadLoop(self._context, branching=options.sampling.is_greedy)
+        self._ahead = AheadLoop(self._context)
         self._reused = 0
         self._started = False
         # Until it is iterated over, the answer takes no time.
@@ -242,7 +242,7 @@ def _decode_context(  # noqa: PLR0913 - the collaborators of an answer
 ) -> DecodeContext:
     """Build the collaborators of an answer, whose time counts from `began_s`."""
     max_tokens = min(options.max_tokens, small.context_length - len(prompt.ids))
-    governor = _make_governor(large, options, experience)
+    governor = _make_governor(large, router, options, experience)
     calls = AnswerCalls(
         large,
         max_tokens=max_tokens,
@@ -286,7 +286,7 @@ def _decode_context(  # noqa: PLR0913 - the collaborators of an answer
 
 
 def _make_governor(
-    large: LargeProtocol | None, options: Options, experience: Experience
+    large: LargeProtocol | None, router: RouterProtocol, options: Options, experience: Experience
 ) -> Governor:
     return Governor(
         options.mode,
@@ -294,4 +294,13 @@ def _make_governor(
         prefetch=options.prefetch,
         call_ceiling=options.call_ceiling,
         is_local=large is not None and large.is_local,
+        max_rounding_nats=_max_rounding_nats(router, options),
     )
+
+
+def _max_rounding_nats(router: RouterProtocol, options: Options) -> float:
+    """Return the rounding of batches from which on every decision of a batch is made again."""
+    if not options.sampling.is_greedy:
+        # A batch would draw other random numbers than a single row.
+        return 0.0
+    return router.state.max_band / router.gain if router.gain else math.inf

@@ -9,10 +9,12 @@ branches in steps of one row, the expected seconds of a token are to first order
 For overlap and hedge, a and R are the times while the other is under way. Derivation: a wait costs
 R at each escalation; overlap hides it where the models agree; hedge hides it in the share c of
 cases where a branch already holds the large token, at b steps' cost for each decoded token.
+Where no decision of a batch would stand, there are no branches, and hedge is not picked.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -73,6 +75,8 @@ class Governor:
         is_local: Whether the server runs on this machine. Under auto, decoding then goes on beside
             a call, and calls prefetch, only where the cores suffice for both, and not for some
             time after calls have slowed its steps.
+        max_rounding_nats: Rounding of batches, in nats, from which on every decision of a batch is
+            made again; inf, the default, if there is none.
     """
 
     def __init__(
@@ -83,12 +87,14 @@ class Governor:
         prefetch: int | None,
         call_ceiling: float | None,
         is_local: bool = False,
+        max_rounding_nats: float = math.inf,
     ) -> None:
         self._mode = mode
         self._experience = experience
         self._prefetch = prefetch
         self._call_ceiling = call_ceiling
         self.is_local = is_local
+        self._max_rounding_nats = max_rounding_nats
         self._last_mode = Mode.WAIT
         # Seconds that slowed steps of this answer took beyond their average.
         self._slowed_s = 0.0
@@ -111,7 +117,7 @@ class Governor:
         times_s = {
             Mode.WAIT: expected.wait_s,
             Mode.OVERLAP: expected.overlap_s,
-            Mode.HEDGE: expected.hedge_s,
+            Mode.HEDGE: expected.hedge_s if self._has_branches else math.inf,
         }
         times_s[self._last_mode] *= _SWITCH_GAIN
         return min(times_s, key=lambda mode: times_s[mode])
@@ -163,6 +169,10 @@ class Governor:
             return True
         return oldest_call_s <= _OVERDUE * self._experience.call_s.value
 
+    def may_batch(self, rounding_nats: float) -> bool:
+        """Return whether some decisions of a batch stand, if it rounds by up to this much."""
+        return rounding_nats < self._max_rounding_nats
+
     def may_call_speculatively(self, *, is_likeliest: bool, joined: int) -> bool:
         """Return whether a call may be made for a position that may never be reached.
 
@@ -198,6 +208,12 @@ class Governor:
         if not self.is_local:
             return False
         return experience.call_s.count < _LOCAL_CALLS or experience.machine_is_busy
+
+    @property
+    def _has_branches(self) -> bool:
+        """Whether branches can be decoded as a batch, as far as its rounding is measured."""
+        cost = self._experience.branch_cost
+        return self.may_batch(0.0 if cost is None else cost.rounding_nats)
 
     @property
     def _branch_cost(self) -> float:

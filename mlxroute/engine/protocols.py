@@ -190,6 +190,11 @@ class RouterState(Protocol):
         """Judge the next position by its score; return the judgement and the state after it."""
         ...
 
+    @property
+    def max_band(self) -> float:
+        """The band from which on every score is borderline; inf if there is none."""
+        ...
+
     def is_borderline(self, score: float, band: float) -> bool:
         """Return whether a score that differs by `band` could be judged or counted differently."""
         ...

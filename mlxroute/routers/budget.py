@@ -121,6 +121,11 @@ class Budget:
             positions=self.positions + 1,
         )
 
+    @property
+    def max_band(self) -> float:
+        """The band from which on every score is borderline: half a step."""
+        return self.resolution / 2
+
     def is_borderline(self, score: float, band: float) -> bool:
         """Return whether a score that differs by `band` could be rounded to another step.
 

@@ -32,6 +32,11 @@ class Threshold:
         judgement = Judgement.ESCALATE if is_above else Judgement.KEEP
         return judgement, Threshold(self.threshold, self.positions + 1)
 
+    @property
+    def max_band(self) -> float:
+        """The band from which on every score is borderline: inf, as there is none."""
+        return math.inf
+
     def is_borderline(self, score: float, band: float) -> bool:
         """Return whether a score that differs by `band` could be judged differently."""
         return abs(score - self.threshold) <= band

@@ -56,6 +56,18 @@ def test_auto_picks_the_mode_with_the_least_time_per_token(
     assert governor(experience).mode is mode
 
 
+def test_auto_does_not_hedge_where_no_decision_of_a_batch_would_stand() -> None:
+    experience = measured(call=34.0)
+    modes = []
+    for rounding_nats in (0.009, 0.01):
+        experience.branch_cost = BranchCost(4, 1.0, 1.4, rounding_nats)
+        auto = Governor(
+            Mode.AUTO, experience, prefetch=None, call_ceiling=None, max_rounding_nats=0.01
+        )
+        modes.append(auto.mode)
+    assert modes == [Mode.HEDGE, Mode.OVERLAP]
+
+
 def test_auto_measures_a_call_alone_and_then_one_beside_decoding() -> None:
     experience = Experience(step_s=MovingAverage(1.0, 9))
     assert governor(experience).mode is Mode.WAIT

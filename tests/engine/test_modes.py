@@ -17,7 +17,16 @@ from mlxroute.engine.experience import MovingAverage
 from mlxroute.engine.protocols import PendingCallProtocol
 from mlxroute.errors import LargeError, LargeUnsendable
 from mlxroute.routers import EntropyRouter
-from mlxroute.types import Event, Mode, Provisional, Retracted, RunStats, Source, Token
+from mlxroute.types import (
+    Event,
+    Mode,
+    Provisional,
+    Retracted,
+    RunStats,
+    Sampling,
+    Source,
+    Token,
+)
 from tests.support.scripted_models import FakeClock, ScriptedLarge, ScriptedSmall, signals
 from tests.support.worlds import World, WorldLarge, WorldSmall
 
@@ -145,6 +154,7 @@ _WORLDS = st.builds(
     rounding=st.sampled_from([0.0, 0.1, 0.5]),
     window=st.sampled_from([1 << 30, 1 << 30, 30, 20, 9, 0]),
     streams=st.booleans(),
+    band=st.sampled_from([0.004, 0.004, 0.02]),
 )
 
 
@@ -233,6 +243,31 @@ def test_decisions_within_the_rounding_of_a_batch_are_made_again() -> None:
     assert run(world, mode=Mode.HEDGE).stats.redecoded > 0
     assert run(replace(world, rounding=0.0), mode=Mode.HEDGE).stats.redecoded == 0
     assert run(world, mode=Mode.OVERLAP).stats.redecoded == 0
+
+
+@pytest.mark.parametrize("mode", [Mode.HEDGE, Mode.AUTO])
+def test_branches_are_not_decoded_where_every_decision_would_be_made_again(mode: Mode) -> None:
+    coarse = World(0, agreement=0.2, loss=0.0, end=0.0, max_call_s=20.0, band=0.01)
+    worlds = [replace(coarse, seed=i) for i in range(9)]
+    overlapped = [run(world, mode=Mode.OVERLAP, budget=0.4) for world in worlds]
+    hedged = [run(world, mode=mode, budget=0.4) for world in worlds]
+    assert sum(r.batches + r.stats.redecoded for r in hedged) == 0
+    assert [r.stats.text for r in hedged] == [r.stats.text for r in overlapped]
+    if mode is Mode.AUTO:
+        assert Mode.HEDGE not in {r.stats.mode for r in hedged}
+    else:
+        assert [r.seconds for r in hedged] == [r.seconds for r in overlapped]
+    # A threshold leaves most decisions as they are, and so does a batch that rounds by less.
+    fine = [replace(world, band=0.004) for world in worlds]
+    assert sum(run(world, mode=mode).batches for world in worlds) > 9
+    assert sum(run(world, mode=mode, budget=0.4).batches for world in fine) > 9
+
+
+def test_auto_does_not_choose_branches_where_tokens_are_drawn() -> None:
+    worlds = [World(i, agreement=0.2, loss=0.0, end=0.0, max_call_s=20.0) for i in range(9)]
+    drawn = [run(w, mode=Mode.AUTO, sampling=Sampling(temperature=1.0)) for w in worlds]
+    assert Mode.HEDGE in {run(world, mode=Mode.AUTO).stats.mode for world in worlds}
+    assert Mode.HEDGE not in {r.stats.mode for r in drawn}
 
 
 def test_a_window_that_fills_after_batches_does_not_end_the_answer() -> None:

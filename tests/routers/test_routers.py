@@ -225,6 +225,16 @@ def test_scores_that_differ_by_little_leave_the_same_state_unless_they_are_near_
         assert one == other
 
 
+@given(st.floats(-9, 9))
+def test_from_half_a_step_on_every_score_of_a_budget_is_on_a_border(score: float) -> None:
+    state = budget(0.07)
+    assert state.max_band == 0.01
+    assert state.is_borderline(score, state.max_band)
+    middle_of_a_step = 3 * state.resolution
+    assert not state.is_borderline(middle_of_a_step, 0.9 * state.max_band)
+    assert Threshold(1.0).max_band == math.inf
+
+
 @pytest.mark.parametrize("name", sorted(UNCERTAINTIES - {"entropy"}))
 @given(
     logits=st.lists(st.floats(0, 40), min_size=8, max_size=8),

@@ -25,7 +25,6 @@ from tests.support.scripted_models import EOS, STRADDLING, ByteVocabulary, FakeC
 
 _E_ACUTE = tuple("é".encode())
 _WORDS = (*b"ab.", *b"ab.", *_E_ACUTE, STRADDLING)
-_BAND = 0.01
 _SPELLED = (b"ab", b"a.b", "é".encode(), b"..")
 
 
@@ -47,6 +46,8 @@ class World:
         window: Tokens after which the KV cache can no longer be rolled back.
         streams: Prefetched tokens arrive one by one, faster or slower than steps.
         drafted: Share of prefetched tokens without logprobs, as llama-server drafts them.
+        band: Bound of the rounding of batches, in nats. From half a step of a budget on, which is
+            0.01, a budget could count every position of a batch differently.
     """
 
     seed: int
@@ -62,6 +63,7 @@ class World:
     streams: bool = False
     refusal: float = 0.0
     drafted: float = 0.0
+    band: float = 0.004
 
     def rng(self, kind: str, ids: Sequence[int]) -> random.Random:
         """Return a random generator that depends only on the seed, `kind` and the ids before."""
@@ -101,13 +103,13 @@ def _small_signals(world: World, ids: tuple[int, ...], *, batched: bool) -> Sign
     others = rng.sample([token_id for token_id in (*b"ab.", EOS) if token_id != token], 3)
     gap = 0.5
     if rng.random() < world.rounding:
-        entropy = 1.0 + rng.uniform(-0.3, 0.3) * _BAND
+        entropy = 1.0 + rng.uniform(-0.3, 0.3) * world.band
     if rng.random() < world.rounding:
-        gap = rng.random() * 0.4 * _BAND
+        gap = rng.random() * 0.4 * world.band
     first = [token, others[0]]
     if batched:
-        entropy += rng.uniform(-0.5, 0.5) * _BAND
-        if gap < _BAND and rng.random() < 0.5:
+        entropy += rng.uniform(-0.5, 0.5) * world.band
+        if gap < world.band and rng.random() < 0.5:
             first.reverse()
     tops = (-0.7, -0.7 - gap, -1.6 - gap, -2.5 - gap)
     return Signals(first[0], -0.7, entropy, 0.0, 0.1, (*first, *others[1:]), tops)
@@ -154,7 +156,7 @@ class WorldSmall(ScriptedSmall):
         return 4 if self.can_rollback(0) else 1
 
     def measure_branch_cost(self, token_id: int, *, rows: int) -> BranchCost:
-        return BranchCost(rows, 1.0, 1.5, _BAND)
+        return BranchCost(rows, 1.0, 1.5, self._world.band)
 
     def branch(self, parents: Sequence[int], token_ids: Sequence[int]) -> list[Signals]:
         assert 1 < len(parents) <= 4

@@ -7,7 +7,8 @@ another token there; when none is left, decoding goes back to that position.
 
 A batch rounds differently from a row alone. Where that could change a decision, the tokens since
 the first batch are decoded again, one row and one token at a time, before the decision is made. So
-are they before the KV cache gets so long that it can no longer be rolled back.
+are they before the KV cache gets so long that it can no longer be rolled back. Where every decision
+would be made again, nothing is decoded as a batch.
 """
 
 from __future__ import annotations
@@ -33,16 +34,15 @@ _MIN_PROBABILITY = 0.02
 
 
 class AheadLoop:
-    """Decodes ahead of the commits along one branch, or several if `branching`.
+    """Decodes ahead of the commits along one branch, or several under `hedge`.
 
     `provisional` counts the retracted tokens, `redecoded` the decisions that were made again
     without a batch. `was_blocked` is True if decoding paused because the KV cache could not be
     rolled back.
     """
 
-    def __init__(self, context: DecodeContext, *, branching: bool) -> None:
+    def __init__(self, context: DecodeContext) -> None:
         self._context = context
-        self._branching = branching
         self._cache = AnswerCache(context)
         # Number of prefetched tokens when the pending positions were last compared with them.
         self._checked_prefetched = 0
@@ -221,9 +221,9 @@ class AheadLoop:
 
     @property
     def _max_branches(self) -> int:
-        """Maximum number of branches now; 1 until the rounding of batches is measured."""
+        """Maximum number of branches now; 1 until the rounding of batches is known and small."""
         context, cost = self._context, self._context.experience.branch_cost
-        if cost is None or not self._branching or context.governor.mode is not Mode.HEDGE:
+        if cost is None or not context.may_batch or context.governor.mode is not Mode.HEDGE:
             return 1
         return min(cost.rows, context.small.max_rows)
 
@@ -251,7 +251,7 @@ class AheadLoop:
     def _measure_branch_cost(self, signals: Signals) -> None:
         """Measure, once a session and while a call is in flight, what batches cost."""
         context, small = self._context, self._context.small
-        if not self._branching or context.experience.branch_cost is not None:
+        if not context.may_batch or context.experience.branch_cost is not None:
             return
         if context.governor.mode is not Mode.HEDGE or not small.can_rollback(BRANCH_ROWS):
             return

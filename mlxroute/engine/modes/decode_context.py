@@ -52,6 +52,11 @@ class DecodeContext:
             0.0 if batching is None else batching.rounding_nats,
         )
 
+    @property
+    def may_batch(self) -> bool:
+        """Whether some decisions of a batch stand in spite of its rounding."""
+        return self.governor.may_batch(self.rounding_nats)
+
     def feed(self, token_ids: Sequence[int], *, unbatched: bool = False) -> Signals:
         """Feed the small model's only row; return the signals of the next position.
 
