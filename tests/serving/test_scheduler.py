@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from mlxroute.backend.load import load
+from mlxroute.engine import generate
 from mlxroute.errors import ContextTooLong, LargeRefused, UsageError
+from mlxroute.routers import Router, make_router
 from mlxroute.serving import (
     AnswerRequest,
     AnswerScheduler,
@@ -36,6 +38,7 @@ from tests.serving.conftest import (
     alone,
     choose_by_text,
     held,
+    messages,
     request,
     written,
 )
@@ -526,6 +529,34 @@ def test_decisions_within_the_rounding_are_made_again_where_asked(
     assert sum(stats.redecoded for stats in all_stats if stats is not None) > 0
 
 
+def test_an_exact_answer_stays_out_of_a_batch_whose_decisions_would_all_be_made_again(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = ReleasedLarge(choose)
+    answers = [
+        generate(
+            small.with_own_cache(), large, messages(prompt), router=_budget(), max_tokens=TOKENS
+        )
+        for prompt in PROMPTS
+    ]
+    expected = [[token.token_id for token in answer] for answer in answers]
+    with AnswerScheduler(small, large) as scheduler:
+        monkeypatch.setattr(scheduler._device._rounding, "nats", 0.01)
+        with held(scheduler):
+            served = [
+                scheduler.submit(replace(request(prompt, exact=True), router=_budget()))
+                for prompt in PROMPTS
+            ]
+        assert [written(answer) for answer in served] == expected
+        assert scheduler.figures().batched_tokens == 0
+    all_stats = [answer.stats for answer in served]
+    assert sum(stats.redecoded for stats in all_stats if stats is not None) == 0
+
+
+def _budget() -> Router:
+    return make_router("entropy", budget=0.2)
+
+
 def _alter_batches(scheduler: AnswerScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the batch always choose the second token."""
     batch = scheduler._device._batch
@@ -544,7 +575,7 @@ def test_no_decision_of_an_exact_answer_is_left_to_a_batch(
     with AnswerScheduler(small, None) as scheduler:
         _alter_batches(scheduler, monkeypatch)
         # Each decision is within the rounding, also the first.
-        monkeypatch.setattr(scheduler._device._rounding, "nats", math.inf)
+        monkeypatch.setattr(scheduler._device._rounding, "nats", 1e9)
         start_batch_of(len(PROMPTS), scheduler, monkeypatch)
         answers = [scheduler.submit(request(p, exact=True)) for p in PROMPTS]
         assert [written(answer) for answer in answers] == [alone(small, p) for p in PROMPTS]

@@ -287,6 +287,9 @@ class AheadLoop:
                 return False
             # The last time that what a batch computed can be removed from the cache.
             best.decode_unbatched = True
+        if context.batching is not None and not context.may_batch:
+            # In a batch with other answers it would be decoded twice.
+            best.decode_unbatched = True
         if is_batch:
             batch.sort(key=lambda branch: -branch.probability)
             self._feed_batch(batch[:max_branches])
