@@ -23,6 +23,8 @@ from mlxroute.hosting.end_with_parent import end_with_parent
 _LOCAL_HOSTS: Final = {"localhost", "127.0.0.1", "::1"}
 # No web site has such a name; a container reaches its machine as host.docker.internal.
 _PRIVATE_DOMAINS: Final = (".internal", ".localhost")
+# Memory for the KV caches of earlier conversations; `mlx_lm` limits only their number.
+_PROMPT_CACHE_BYTES: Final = 512 * 2**20
 
 
 def main() -> None:
@@ -43,19 +45,6 @@ def main() -> None:
 
 def _serve(model: Path, *, listener: socket.socket) -> None:
     from mlx_lm import server
-    from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
-
-    class PromptCache(LRUPromptCache):  # type: ignore[misc]
-        """Leaves a token of a prompt uncached: without any, the generation thread ends."""
-
-        def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
-            cache, rest = super().fetch_nearest_cache(model, tokens)
-            if rest:
-                return cache, rest
-            if not can_trim_prompt_cache(cache):
-                return None, tokens
-            trim_prompt_cache(cache, 1)
-            return cache, tokens[-1:]
 
     class Server(ThreadingHTTPServer):
         """Listens on the socket that the parent has bound."""
@@ -73,7 +62,7 @@ def _serve(model: Path, *, listener: socket.socket) -> None:
             pass
 
     server.load = _load
-    server.LRUPromptCache = PromptCache
+    server.LRUPromptCache = _prompt_cache_class()
     server._run_http_server = functools.partial(
         server._run_http_server, server_class=Server, handler_class=Handler
     )
@@ -84,6 +73,34 @@ def _serve(model: Path, *, listener: socket.socket) -> None:
     server.scan_cache_dir = lambda: SimpleNamespace(repos=())
     sys.argv = ["mlx_lm.server", "--model", str(model), "--log-level", "WARNING"]
     server.main()
+
+
+def _prompt_cache_class() -> Any:
+    """Return the class that keeps the KV caches of earlier conversations."""
+    from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
+
+    class PromptCache(LRUPromptCache):  # type: ignore[misc]
+        """Has a limit of bytes, and leaves a token of a prompt uncached.
+
+        Without any token to compute, the generation thread ends.
+        """
+
+        def insert_cache(self, *arguments: Any, **named: Any) -> None:
+            super().insert_cache(*arguments, **named)
+            # The last stays, whatever its size: the next call continues its text.
+            while len(self) > 1 and self.nbytes > _PROMPT_CACHE_BYTES:
+                self.trim_to(n_sequences=len(self) - 1)
+
+        def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
+            cache, rest = super().fetch_nearest_cache(model, tokens)
+            if rest:
+                return cache, rest
+            if not can_trim_prompt_cache(cache):
+                return None, tokens
+            trim_prompt_cache(cache, 1)
+            return cache, tokens[-1:]
+
+    return PromptCache
 
 
 class _LocalPagesOnly(BaseHTTPRequestHandler):

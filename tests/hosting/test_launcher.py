@@ -23,7 +23,7 @@ import pytest
 import requests
 
 from mlxroute.errors import ConfigError, LaunchError, NotEnoughSpace, WeightsError
-from mlxroute.hosting import launcher, server_choice
+from mlxroute.hosting import launcher, mlx_lm_child, server_choice
 from mlxroute.hosting.launcher import LocalServer
 from mlxroute.large import LargeModel
 from mlxroute.large.dialects.mlx_lm import MlxLm
@@ -249,6 +249,22 @@ def test_mlx_lm_answers_with_its_model_whatever_model_a_request_names(
         ):
             body = {"prompt": "a", "max_tokens": 1} | names
             assert requests.post(f"{server.url}/completions", json=body, timeout=60).ok
+
+
+def test_mlx_lm_keeps_512_mib_of_earlier_kv_caches_and_always_the_last() -> None:
+    import mlx.core as mx
+
+    from mlxroute.small.kv_cache import plain_cache
+
+    cache = mlx_lm_child._prompt_cache_class()(10)
+    kept = []
+    for number, mib in enumerate((300, 300, 200, 900, 100)):
+        # Never evaluated, so they take no memory.
+        half = mx.zeros((1, 1, mib * 512, 256))
+        layer = plain_cache(half, half, mib * 512)
+        cache.insert_cache("model", [number], [layer], cache_type="assistant")
+        kept.append((len(cache), cache.nbytes // 2**20))
+    assert kept == [(1, 300), (1, 300), (2, 500), (1, 900), (1, 100)]
 
 
 def _status_of_post(
