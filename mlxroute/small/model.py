@@ -282,13 +282,13 @@ class SmallModel:
         """Run a prompt; return the first position's signals and a copy of the KV cache.
 
         The copy is a start for `continue_greedily`. The KV cache keeps the prefix it shares with
-        the prompt. Raises UsageError for a cache that cannot be decoded in a batch.
+        the prompt. Raises UsageError for an empty prompt, and for a cache that cannot be decoded in
+        a batch.
         """
-        reused = self._decoder.begin(prompt_ids, Sampling())
-        while len(prompt_ids) - reused > PREFILL_STEP_SIZE:
-            self._decoder.prefill(prompt_ids[reused : reused + PREFILL_STEP_SIZE])
-            reused += PREFILL_STEP_SIZE
-        signals = self._decoder.extend_unqueued(prompt_ids[reused:])
+        for _ in self.prefill_in_parts(prompt_ids, parts=1):
+            pass
+        # Alone, so that the logits of one position are computed.
+        signals = self._decoder.extend_unqueued(prompt_ids[-1:])
         return signals, self.copy_cache(len(prompt_ids))
 
     def copy_cache(self, count: int) -> CacheLayers:

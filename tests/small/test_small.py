@@ -25,6 +25,7 @@ from mlxroute.engine import generate
 from mlxroute.errors import RollbackError, UsageError, WeightsError
 from mlxroute.routers import EntropyRouter
 from mlxroute.small import SmallModel
+from mlxroute.small.decoder import Decoder
 from mlxroute.small.mlp_head import SIGNAL_COUNT
 from mlxroute.small.row_sampler import RowSampler
 from mlxroute.types import Sampling
@@ -176,6 +177,32 @@ def test_the_lowest_temperature_that_samples_draws_likely_tokens(
     for _ in range(10):
         assert signals.logprob > signals.top_logprobs[0] - 0.05
         signals = small.step(signals.token_id)
+
+
+def test_the_start_of_a_batch_is_computed_as_the_start_of_an_answer(small: SmallModel) -> None:
+    prompt_ids = list(PROMPT_IDS)
+    expected, _ = small.prefill(prompt_ids)
+    small.reset_cache()
+    signals, layers = small.prefill_copy(prompt_ids)
+    assert signals == expected
+    assert layers[0].offset == len(prompt_ids)
+    with pytest.raises(UsageError, match="empty"):
+        small.prefill_copy([])
+
+
+def test_the_logits_of_one_position_are_computed_to_start_a_batch(
+    small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    plain = Decoder._build_pass
+
+    def record(self: Decoder, tokens: mx.array, layers: Any = None) -> Any:
+        lengths.append(tokens.shape[1])
+        return plain(self, tokens, layers)
+
+    monkeypatch.setattr(Decoder, "_build_pass", record)
+    small.prefill_copy(list(PROMPT_IDS))
+    assert lengths == [1]
 
 
 def test_a_second_turn_prefills_only_what_is_new(small: SmallModel) -> None:
