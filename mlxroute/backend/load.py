@@ -241,7 +241,10 @@ def _wire_memory() -> None:
     import mlx.core as mx
 
     if mx.metal.is_available():
-        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+        # Where the default device of a Mac is the CPU, there is no limit.
+        limit = mx.device_info().get("max_recommended_working_set_size")
+        if limit is not None:
+            mx.set_wired_limit(int(limit))
 
 
 def _widen(model: Any, *, kept: frozenset[str] = frozenset()) -> None:
