@@ -9,12 +9,8 @@ from mlxroute.errors import UsageError
 from mlxroute.messages import fold_system, join_neighbours
 from mlxroute.tokenizers.content_marks import ContentMarks
 from mlxroute.tokenizers.control_tokens import ControlTokens
-from mlxroute.tokenizers.template_sandbox import (
-    TemplateFailure,
-    TemplateProgram,
-    TemplateTooCostly,
-    guard,
-)
+from mlxroute.tokenizers.template_bounds import TemplateFailure, TemplateTooCostly
+from mlxroute.tokenizers.template_sandbox import TemplateProgram, guard
 from mlxroute.types import Message, PromptText
 
 _SWITCH: Final = "add_generation_prompt"

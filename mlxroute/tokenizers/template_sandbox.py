@@ -4,38 +4,47 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, Final
 
 from jinja2 import TemplateError, nodes
-from jinja2.compiler import CodeGenerator, Frame
+from jinja2.compiler import CodeGenerator, Frame, operators
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
-from mlxroute.errors import MlxRouteError
 from mlxroute.safe_text import printable_line
+from mlxroute.tokenizers.template_bounds import (
+    HOLDERS,
+    MAX_CHARACTERS,
+    TemplateFailure,
+    TemplateTooCostly,
+    check_bits,
+    check_fields,
+    check_format,
+    value_size,
+)
 
 # Compiling this much takes two seconds at most.
 _MAX_SOURCE: Final = 1 << 17
-# Characters of one value, and of all that a template reads and writes.
-_MAX_CHARACTERS: Final = 1 << 25
+# Characters of all that a template reads and writes.
 _MAX_TOTAL: Final = 1 << 27
 _MAX_STEPS: Final = 1 << 20
 _MAX_SECONDS: Final = 5.0
-# Maximum number, and maximum number of digits in a format such as `%100d`.
 _MAX_NUMBER: Final = 1 << 20
-_MAX_BITS: Final = 4096
-_WIDE_FORMAT: Final = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(?:\d{0,6}\.)?(?:\*|\d{6})|\{[^{}]*\d{6}")
+_FORMATTING: Final = {"format", "format_map"}
 _MAX_TIME_FORMAT: Final = 1000
 _MAX_INDENT: Final = 64
-_MAX_ITEMS: Final = 1 << 20
+# A reference takes as much memory as this many characters.
+_ITEM_CHARACTERS: Final = 8
+# These make bytes, which no bound counts, and dictionaries with any numbers as keys.
+_UNSAFE_METHODS: Final = {"encode", "fromkeys", "to_bytes"}
 # What these return can be as long as the product of their arguments.
 _MULTIPLYING: Final = {"replace", "join", "translate", "indent", "wordwrap", "batch", "expandtabs"}
 # These take far more time or memory than their arguments, and cannot be stopped meanwhile.
@@ -47,14 +56,6 @@ _SPLITTING: Final = {"list", "rsplit", "split", "splitlines", "title", "wordcoun
 _MAX_SPLIT: Final = 1 << 22
 # What a template reads as the present time; None for the real one.
 _TIME: Final[ContextVar[datetime | None]] = ContextVar("template_time", default=None)
-
-
-class TemplateFailure(MlxRouteError):
-    """Raised when a template cannot be rendered; the message says why, without the model's name."""
-
-
-class TemplateTooCostly(TemplateFailure):
-    """Raised when a template takes too long or writes too much."""
 
 
 @contextmanager
@@ -110,6 +111,13 @@ def guard(run: Callable[[], Any]) -> Any:
         raise TemplateFailure(named or type(exc).__name__) from exc
 
 
+class _Namespace(Namespace):
+    """A namespace whose text does not hold its values: they may hold others many times over."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
 class _Generation(Extension):
     """The block tag that marks an assistant's text for training; here it has no effect."""
 
@@ -121,7 +129,7 @@ class _Generation(Extension):
 
 
 class _BoundedCode(CodeGenerator):
-    """Compiles templates so that each iteration and each concatenation is counted."""
+    """Compiles templates so that iterations, concatenations, and new values are counted."""
 
     def visit_For(self, node: nodes.For, frame: Frame) -> None:
         node.body.insert(0, _count_step(node))
@@ -133,6 +141,30 @@ class _BoundedCode(CodeGenerator):
             self.visit(part, frame)
             self.write(", ")
         self.write("))")
+
+    def visit_List(self, node: nodes.List, frame: Frame) -> None:
+        with self._checked():
+            super().visit_List(node, frame)
+
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
+        with self._checked():
+            super().visit_Dict(node, frame)
+
+    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
+        # The others are targets of assignments.
+        with self._checked() if node.ctx == "load" else nullcontext():
+            super().visit_Tuple(node, frame)
+
+    def visit_Operand(self, node: nodes.Operand, frame: Frame) -> None:
+        self.write(f" {operators[node.op]} environment.in_time(")
+        self.visit(node.expr, frame)
+        self.write(")")
+
+    @contextmanager
+    def _checked(self) -> Iterator[None]:
+        self.write("environment.check_value(")
+        yield
+        self.write(")")
 
 
 def _count_step(node: nodes.Node) -> nodes.Node:
@@ -159,7 +191,9 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = _to_json
         self.filters = {name: self._bound(name, f) for name, f in self.filters.items()}
         del self.globals["lipsum"]
+        self.tests = {name: self._timed(test) for name, test in self.tests.items()}
         self.globals["raise_exception"] = _raise_exception
+        self.globals["namespace"] = _Namespace
         self.globals["strftime_now"] = _format_now
         self.start()
 
@@ -175,8 +209,13 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.spend(size)
         if self._steps > _MAX_STEPS:
             raise TemplateTooCostly("it does not end")
+        self.in_time()
+
+    def in_time(self, value: Any = None) -> Any:
+        """Return a value, such as the operand of a comparison, if there is time left."""
         if time.monotonic() > self._end_s:
             raise TemplateTooCostly(f"it takes more than {_MAX_SECONDS:.0f} s")
+        return value
 
     def spend(self, size: int) -> None:
         """Count characters."""
@@ -184,15 +223,31 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         if self._characters > _MAX_TOTAL:
             raise TemplateTooCostly(f"it writes more than {_MAX_TOTAL:,} characters")
 
-    def concatenate(self, parts: Iterable[Any]) -> str:
+    def check_value(self, value: Any) -> Any:
+        """Return a value that the template makes, and count it.
+
+        What Python does with one value cannot be stopped, so none may be too large or too deep.
+        """
+        if isinstance(value, str):
+            self.spend(len(value))
+        elif isinstance(value, HOLDERS):
+            self.in_time()
+            value_size(value)
+            self.spend(_ITEM_CHARACTERS * len(value))
+        return value
+
+    def concatenate(self, parts: tuple[Any, ...]) -> str:
         """Return the texts of the parts as one; the operator `~`."""
+        self.in_time()
+        for part in parts:
+            value_size(part)
         texts = [str(part) for part in parts]
         self.spend(sum(map(len, texts)))
         return "".join(texts)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         self.count_step()
-        sizes = _size(left), _size(right)
+        sizes = value_size(left), value_size(right)
         match operator:
             case "*" if isinstance(left, str | list | tuple) or isinstance(
                 right, str | list | tuple
@@ -200,26 +255,35 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
                 count = right if isinstance(right, int) else left
                 self.spend(max(0, count) * max(sizes) if isinstance(count, int) else 0)
             case "*":
-                _check_bits(sum(sizes))
+                check_bits(sum(sizes))
             case "**":
-                _check_bits(sizes[0] * abs(right) if isinstance(right, int) else 0)
+                check_bits(sizes[0] * abs(right) if isinstance(right, int) else 0)
             case "%" if isinstance(left, str):
-                _check_format(left)
+                check_format(left)
                 self.spend(sum(sizes))
             case _:
                 self.spend(sum(sizes))
-        return super().call_binop(context, operator, left, right)
+        result = super().call_binop(context, operator, left, right)
+        value_size(result)
+        return result
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        # The `attribute` of a filter can have any number of parts.
+        return super().getitem(self.in_time(obj), argument)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return attr not in _UNSAFE_METHODS and super().is_safe_attribute(obj, attr, value)
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         # The sandbox wraps `str.format`.
         method = getattr(obj, "__wrapped__", obj)
         owner = getattr(method, "__self__", None)
+        name = getattr(method, "__name__", "")
         self.count_step()
-        self._check_arguments(getattr(method, "__name__", ""), (owner, *args, *kwargs.values()))
-        result = super().call(context, obj, *args, **kwargs)
-        if isinstance(result, str):
-            self.spend(len(result))
-        return result
+        self._check_arguments(name, (owner, *args, *kwargs.values()))
+        if name in _FORMATTING and isinstance(owner, str):
+            check_fields(owner)
+        return self.check_value(super().call(context, obj, *args, **kwargs))
 
     def _bound(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a filter with bounds on its arguments and its result."""
@@ -228,29 +292,37 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         def bounded(*args: Any, **kwargs: Any) -> Any:
             self.count_step()
             self._check_arguments(name, (*args, *kwargs.values()))
-            result = function(*args, **kwargs)
-            if isinstance(result, str):
-                self.spend(len(result))
-            return result
+            return self.check_value(function(*args, **kwargs))
 
         return bounded
 
+    def _timed(self, test: Any) -> Callable[..., Any]:
+        """Return a test that looks at the clock, as a filter may run it for each of many items."""
+
+        @functools.wraps(test)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.in_time()
+            return test(*args, **kwargs)
+
+        return timed
+
     def _check_arguments(self, name: str, values: tuple[Any, ...]) -> None:
         """Refuse arguments that could make the result too large."""
-        values = tuple(v for v in values if isinstance(v, str | bytes | int | list | tuple | dict))
+        if name in _FORMATTING:
+            check_format(values[0])
+        kinds: tuple[type[Any], ...] = (str, bytes, int, range, *HOLDERS)
+        values = tuple(v for v in values if isinstance(v, kinds) and not isinstance(v, bool))
         for value in values:
             if _is_number(value) and abs(value) > _MAX_NUMBER:
                 raise TemplateTooCostly("it uses a number that is too large")
-        if name in ("format", "format_map") and isinstance(values[0], str):
-            _check_format(values[0])
-        sizes = [_size(value) for value in values if not _is_number(value)]
+        sizes = [value_size(value) for value in values if not _is_number(value)]
         if name in _MULTIPLYING:
             product = 1
             for size in [*sizes, *(abs(v) for v in values if _is_number(v))]:
                 product *= max(1, size)
-            if product > 8 * _MAX_CHARACTERS:
-                raise TemplateTooCostly(f"it writes more than {_MAX_CHARACTERS:,} characters")
-        limit = _MAX_SPLIT if name in _SPLITTING else _MAX_CHARACTERS
+            if product > 8 * MAX_CHARACTERS:
+                raise TemplateTooCostly(f"it writes more than {MAX_CHARACTERS:,} characters")
+        limit = _MAX_SPLIT if name in _SPLITTING else MAX_CHARACTERS
         if name in _SLOW_BY_ITEM:
             sizes = [len(value) for value in values if not _is_number(value)]
         if name in _SLOW or name in _SLOW_BY_ITEM:
@@ -264,41 +336,12 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(value, str):
             self.count_step(len(value))
         elif not isinstance(value, int | float):
-            self.count_step(_size(value))
+            self.count_step(value_size(value))
         return value
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_bits(bits: int) -> None:
-    if bits > _MAX_BITS:
-        raise TemplateTooCostly("it uses a number that is too large")
-
-
-def _check_format(text: str) -> None:
-    if _WIDE_FORMAT.search(text):
-        raise TemplateTooCostly("it uses a format that is too wide")
-
-
-def _size(value: object) -> int:
-    """Return the characters or items that a value holds, those of its items included."""
-    total, count, pending = 0, 0, [value]
-    while pending:
-        item = pending.pop()
-        count += 1
-        if isinstance(item, str | bytes):
-            total += len(item)
-        elif isinstance(item, int):
-            total += item.bit_length()
-        elif isinstance(item, dict):
-            pending += [*item.keys(), *item.values()]
-        elif isinstance(item, list | tuple | set):
-            pending += item
-        if count + len(pending) > _MAX_ITEMS or total > _MAX_CHARACTERS:
-            raise TemplateTooCostly("it builds a value that is too large")
-    return total + count
 
 
 def _raise_exception(message: str) -> None:
@@ -308,7 +351,7 @@ def _raise_exception(message: str) -> None:
 def _format_now(form: str) -> str:
     if len(form) > _MAX_TIME_FORMAT:
         raise TemplateTooCostly("it uses a format that is too wide")
-    _check_format(form)
+    check_format(form)
     return (_TIME.get() or datetime.now()).strftime(form)
 
 

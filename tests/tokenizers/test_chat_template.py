@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mlxroute.errors import UsageError
 from mlxroute.small import SmallModel
-from mlxroute.tokenizers import template_sandbox
+from mlxroute.tokenizers import template_bounds, template_sandbox
 from mlxroute.tokenizers.chat_template import ChatTemplate
 from mlxroute.tokenizers.chat_tokenizer import ChatTokenizer
 from mlxroute.tokenizers.control_tokens import ControlTokens
@@ -123,6 +123,13 @@ def test_a_template_that_fails_is_one_line(template: str) -> None:
     assert len(str(failure.value)) < 400
 
 
+def _doubled(value: str) -> str:
+    """Return a template whose `n.a` and `n.b` have 2**60 parts, all the same object."""
+    steps = "".join(f"{{% set n.{x} = {value.replace('@', f'n.{x}')} %}}" for x in "ab")
+    start = "{% set n = namespace(a=(), b=()) %}"
+    return f"{start}{{% for i in range(60) %}}{steps}{{% endfor %}}"
+
+
 _COSTLY = [
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
@@ -160,6 +167,11 @@ _COSTLY = [
     "{{ ([[1]] * 400000) | sum(start=[]) }}",
     "{{ ('a' * 10000000) | batch(1) | list | length }}",
     "{{ ('ab ' * 10000000).split() | length }}",
+    _doubled("[@, @]") + "{{ n.a == n.b }}",
+    "{% set n = namespace(a=()) %}{% for i in range(99999) %}{% set n.a = (n.a,) %}{% endfor %}"
+    "{{ {n.a: 1} }}",
+    "{% set x %}{% for i in range(99999) %}{{ i * (2 ** 61 - 1) }} {% endfor %}{% endset %}"
+    "{{ {}.fromkeys(x.split() | map('int') | list) }}",
 ]
 
 
@@ -175,9 +187,52 @@ def test_a_template_that_never_ends_or_fills_memory_is_stopped(template: str) ->
 @pytest.mark.parametrize(
     "template",
     [
+        _doubled("[@, @]") + "{{ n.a is eq n.b }}",
+        _doubled("[@, @]") + "{{ n.a ~ '' }}",
+        _doubled("(@, @)") + "{{ {n.a: 1} }}",
+        _doubled("{'x': @, 'y': @}") + "{{ n.a ~ '' }}",
+        _doubled("{'x': @, 'y': @}.values()") + "{{ n.a ~ '' }}",
+        _doubled("dict(x=@, y=@)") + "{{ n.a == n.b }}",
+        "{% set o = namespace(a=1) %}{% for i in range(60) %}"
+        "{% set o.a = [o, o] | map(attribute='a') | list %}{% endfor %}{{ o.a ~ '' }}",
+    ],
+)
+def test_a_template_that_repeats_a_value_in_itself_is_stopped(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit itself is that of the test before."""
+    monkeypatch.setattr(template_bounds, "_MAX_ITEMS", 1 << 14)
+    with pytest.raises(UsageError, match="fails: it builds a value that is too large"):
+        render(template)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ ('x'.encode() * 1000000000) | length }}", "access to attribute 'encode'"),
+        ("{{ (7).to_bytes(99999) * 1000000000 }}", "access to attribute 'to_bytes'"),
+        ("{{ '{:{}}'.format(1, '>1000000000') }}", "it uses a format that is too wide"),
+        ("{{ ['%1000000000d'] | format(1) }}", "it formats what is not a text"),
+    ],
+)
+def test_a_template_cannot_fill_memory_in_one_step(template: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=f"the chat template of m fails: {reason}"):
+        render(template)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
         "{% for i in range(99999) %}{{ range(99999) | list | length }}{% endfor %}",
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
         "{{ f(60) }}",
+        "{% set a = [0] * 500000 %}{% set b = [0.0] * 500000 %}{{ "
+        + " == ".join(["a", "b"] * 2000)
+        + " }}",
+        "{% set r = range(99999) | list %}"
+        "{{ r | select('in', r | map('string') | list) | list | length }}",
+        "{% set n = namespace() %}{% set n.n = n %}{% set a = [n] * 99999 %}"
+        "{{ a | map(attribute='n.' * 99999 ~ 'n') | list | length }}",
     ],
 )
 def test_a_template_that_stays_within_all_other_bounds_is_stopped_by_the_clock(
@@ -198,6 +253,21 @@ def test_all_runs_of_a_template_for_one_prompt_share_the_time(
     # One run takes two of the five seconds; it is run for each form of the messages.
     with pytest.raises(UsageError, match="takes more than 5 s"):
         render("{% for i in range(200) %}{% endfor %}", SYSTEM, USER)
+
+
+def test_values_that_a_template_makes_are_as_usual() -> None:
+    template = (
+        "{% set a, b = 1, 2 %}{% with c, d = (3, 4) %}{{ c }}{{ d }}{% endwith %}"
+        "{% for k, v in [(a, b)] %}{{ k }}{{ v }}{% endfor %}{{ [a] + [b] }}{{ (a, [b], ()) }}"
+        "{{ {'k': a, 'l': [b]} }}{{ a < b <= 2 and b not in [a] and b is in [a, b] }}"
+        "{{ [a, 3, b] | sort(reverse=true) | join }}{{ '{:>3}{x}'.format(a, x=b) }}"
+    )
+    expected = "3412[1, 2](1, [2], ()){'k': 1, 'l': [2]}True321  12"
+    assert render(template) == expected
+
+
+def test_the_text_of_a_namespace_has_no_values() -> None:
+    assert render(_doubled("namespace(x=@, y=@)") + "{{ [n.a] }}") == "[<Namespace>]"
 
 
 def test_a_list_of_parts_is_never_printed() -> None:
