@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import ExitStack
 from http import HTTPStatus
 from typing import Any, Final
@@ -53,6 +54,9 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     **dict.fromkeys(TOOL_FIELDS, (None, [])),
 }
 _MAX_ANSWER_S: Final = 600.0
+_JSON_ESCAPE: Final = re.compile(r'\\(?:u([0-9a-fA-F]{4})|(["\\/bfnrt]))')
+_ESCAPED_CONTROLS: Final = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+_MAX_NESTED_JSON: Final = 4
 
 
 async def forward_chat(
@@ -255,7 +259,11 @@ def _to_api_error(exc: Exception) -> ApiError:
 
 
 def _searched_texts(values: Mapping[str, Any]) -> list[str]:
-    """Return all texts of a request, alone and joined, each once: the model reads them as one."""
+    """Return all texts of a request, alone and joined, each once: the model reads them as one.
+
+    Numbers are texts too, unless they are options, such as `max_tokens`. A text with escapes of
+    JSON, such as the arguments of a call, is there a second time without them.
+    """
     texts, contents = [], []
     for item in json_items(values):
         if isinstance(item, str):
@@ -265,7 +273,27 @@ def _searched_texts(values: Mapping[str, Any]) -> list[str]:
         elif isinstance(item, dict) and isinstance(item.get("content"), str):
             contents.append(item["content"])
     joined = [glue.join(parts) for parts in (texts, contents) for glue in ("", "\n")]
-    return list(dict.fromkeys([*texts, *contents, *joined]))
+    nested = json_items([item for item in values.values() if isinstance(item, dict | list)])
+    numbers = [str(item) for item in nested if type(item) in (int, float)]
+    written = dict.fromkeys([*texts, *contents, *joined, *numbers])
+    return list(dict.fromkeys(form for text in written for form in _read_forms(text)))
+
+
+def _read_forms(text: str) -> Iterator[str]:
+    """Yield a text, and the same without escapes of JSON; again if that is JSON too."""
+    yield text
+    for _ in range(_MAX_NESTED_JSON):
+        plain = _JSON_ESCAPE.sub(_read_escape, text)
+        if plain == text:
+            return
+        # Two escapes can be halves of one character.
+        text = plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        yield text
+
+
+def _read_escape(match: re.Match[str]) -> str:
+    code, letter = match.groups()
+    return chr(int(code, 16)) if code else _ESCAPED_CONTROLS.get(letter, letter)
 
 
 def _part_text(part: Any) -> str:

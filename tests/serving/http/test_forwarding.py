@@ -47,7 +47,7 @@ _REPLY: dict[str, Any] = {
     ],
     "usage": _USAGE,
 }
-_PATTERNS = ("secret", r"project\nzebra", r"(?s)first.*then.*last")
+_PATTERNS = ("secret", r"project\nzebra", r"(?s)first.*then.*last", r"\b4111\d{12}\b", "straße")
 _LIMITS = ServingLimits(tools=ToolPolicyName.LARGE)
 
 
@@ -347,6 +347,31 @@ def test_what_must_stay_here_stays(
 ) -> None:
     assert post(client, tools=_TOOLS, **fields).status_code == 400
     assert server.requests == []
+
+
+_PIECES = [
+    {"arguments": json.dumps({"place": "straße 1"})},
+    {"arguments": json.dumps({"place": 4111_1111_1111_1111})},
+    {"arguments": {"place": 4111_1111_1111_1111}},
+    {"arguments": r'{"place": "\u0073ecre\u0074"}'},
+    {"arguments": json.dumps(json.dumps({"place": "project\nzebra"}))},
+    {"arguments": "", "note": "the result is " + json.dumps("straße")},
+]
+
+
+@pytest.mark.parametrize("function", _PIECES)
+def test_what_json_hides_is_searched(
+    client: TestClient, server: Loopback, function: dict[str, Any]
+) -> None:
+    call = {**_CALL, "function": {"name": "look", **function}}
+    messages = [_said("hi"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    response = post(client, tools=_TOOLS, messages=messages)
+    assert "never-send pattern" in response.json()["error"]["message"]
+    assert server.requests == []
+
+
+def test_options_are_no_texts_to_search(client: TestClient) -> None:
+    assert post(client, tools=_TOOLS, seed=4111_1111_1111_1111).status_code == 200
 
 
 def test_other_requests_are_answered_while_a_body_is_searched(
