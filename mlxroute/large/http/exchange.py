@@ -292,6 +292,7 @@ class Exchange(threading.Thread):
             target = f"{parts.scheme}://{host}{parts.path}".removesuffix(path)
         except ValueError:
             target = "an invalid URL"
+        target = self._endpoint.ledger.secrets.redact(target)
         return LargeRefused(
             f"{self._base_url} redirects to {printable_line(target, limit=200)}, which is not"
             " followed; give the final address if you trust it"

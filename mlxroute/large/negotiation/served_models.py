@@ -84,7 +84,7 @@ class ModelName:
 
 
 def list_served_models(transport: Transport, deadline: Deadline) -> tuple[ServedModel, ...]:
-    """Return the models in `/v1/models`; none if the server has no readable list.
+    """Return the models in `/v1/models` but those whose names hold the key; none without a list.
 
     Raises LargeError if the server cannot be reached.
     """
@@ -96,7 +96,7 @@ def list_served_models(transport: Transport, deadline: Deadline) -> tuple[Served
     return tuple(
         ServedModel(item["id"], _context_length(item))
         for item in entries
-        if _is_name(item.get("id"))
+        if _is_name(item.get("id")) and not transport.has_secret(item["id"])
     )
 
 

@@ -9,8 +9,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlxroute.errors import LargeProtocolError
+from mlxroute.errors import LargeProtocolError, LargeRefused
 from mlxroute.large import LargeModel
+from mlxroute.large.http.address import parse_address
+from mlxroute.large.http.deadline import Deadline
+from mlxroute.large.http.transport import Transport
+from mlxroute.large.negotiation.served_models import list_served_models
 from tests.support.command_process import run_command
 from tests.support.connected_clients import legacy
 from tests.support.loopback import Loopback, Reply, Request
@@ -82,3 +86,18 @@ def test_a_whole_answer_with_the_key_is_an_error(text: str) -> None:
 def test_a_short_key_may_be_a_word_of_an_answer() -> None:
     with Loopback() as server:
         assert ask_once(server, legacy("a"), api_key="a").text == "a"
+
+
+def test_a_model_that_is_named_by_the_key_is_not_listed() -> None:
+    with Loopback() as server:
+        server.script.append(Reply.of({"data": [{"id": "m"}, {"id": f"for-{KEY}"}]}))
+        transport = Transport(parse_address(server.url), api_key=KEY)
+        assert [model.name for model in list_served_models(transport, Deadline(30))] == ["m"]
+        transport.close()
+
+
+def test_the_target_of_a_redirect_is_shown_without_the_key() -> None:
+    reply = Reply(status=307, headers={"Location": f"/login/{KEY}"})
+    with Loopback() as server, pytest.raises(LargeRefused, match=r"/login/\[key\], ") as caught:
+        ask_once(server, reply, api_key=KEY)
+    assert KEY not in str(caught.value)
