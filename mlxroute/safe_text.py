@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 _CONTROLS = (
     *(code for code in range(0x20) if chr(code) not in "\n\t"),
@@ -47,6 +48,18 @@ def os_error_text(error: OSError) -> str:
     if error.strerror is None:
         return str(error)
     return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+
+
+def strip_secrets(text: str) -> str:
+    """Remove the parts of a mistyped URL that may hold a secret: userinfo, query and fragment."""
+    # Some characters that look like @ are one to a URL parser.
+    ends = [n for n, c in enumerate(text, start=1) if "@" in unicodedata.normalize("NFKC", c)]
+    if ends:
+        scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/*(?=[^/])", text[: ends[-1]])
+        # Without slashes, what looks like a scheme may be the user.
+        is_scheme = scheme is not None and scheme[0].endswith("/")
+        text = (scheme[0] if scheme is not None and is_scheme else "") + text[ends[-1] :]
+    return re.sub(r"([?#]).+", r"\1…", text, flags=re.DOTALL)
 
 
 def one_line_json(json_text: str) -> str:

@@ -65,7 +65,7 @@ def write_report(report: dict[str, Any], name: str, *, save: bool) -> int:
 
 def _without_password(word: str) -> str:
     """Return a word of the command line without the user and password of an address."""
-    from mlxroute.large.http.address import strip_secrets
+    from mlxroute.safe_text import strip_secrets
 
     flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
     return f"{flag}{equals}{strip_secrets(value)}" if "://" in value else word

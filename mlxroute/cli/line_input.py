@@ -20,8 +20,8 @@ from prompt_toolkit.shortcuts import CompleteStyle
 
 from mlxroute.cli.command_words import split_command
 from mlxroute.cli.standard_streams import read_piped
-from mlxroute.large.http.address import strip_secrets
 from mlxroute.replace_file import make_private
+from mlxroute.safe_text import strip_secrets
 from mlxroute.types import Notify
 
 _PROMPT = "> "

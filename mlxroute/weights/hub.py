@@ -25,13 +25,14 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mlxroute.errors import CorruptWeights, WeightsError
-from mlxroute.safe_text import error_text, printable_line
+from mlxroute.safe_text import printable_line
 from mlxroute.types import Notify, Progress, no_notice
 from mlxroute.untrusted_text import TextFile, parse_json
 from mlxroute.weights.byte_counter import ByteCounter, git_id_of, sha256_of
 from mlxroute.weights.daemon_tasks import DaemonTasks
 from mlxroute.weights.hub_listing import (
     REFUSALS,
+    failure_text,
     fetch_listing,
     gate_reason,
     http_status,
@@ -223,8 +224,8 @@ class _Download:
                 raise self._refused(refusal) from exc
             # Not SourceUnreachable: the next run resumes here, and no other source is tried.
             raise WeightsError(
-                f"the download of {self._hub_id} was interrupted ({error_text(exc)}): run the same"
-                " command again"
+                f"the download of {self._hub_id} was interrupted ({failure_text(exc)}): run the"
+                " same command again"
             ) from exc
 
     def _wait_for_all(self, downloads: DaemonTasks[None], count: int) -> None:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 
 from mlxroute.errors import SourceUnreachable
-from mlxroute.safe_text import error_text, printable_line
+from mlxroute.safe_text import printable_line, strip_secrets
 from mlxroute.types import Notify
 from mlxroute.weights.daemon_tasks import DaemonTasks
 from mlxroute.weights.request import ANSWER_TIMEOUT_S
@@ -110,7 +110,13 @@ def _failure_reason(exc: Exception) -> str:
         file = printable_line(f"{exc.filename}: {exc.strerror}")
         return f"its token cannot be read ({file}); check HF_HOME"
     verb = "not reachable" if status is None else f"it answers {status}"
-    return f"{verb} ({error_text(exc)})"
+    return f"{verb} ({failure_text(exc)})"
+
+
+def failure_text(exc: Exception) -> str:
+    """Return the message of an error as one line, without a password in its addresses."""
+    words = [strip_secrets(word) if "@" in word else word for word in str(exc).split()]
+    return printable_line(" ".join(words)) or type(exc).__name__
 
 
 def gate_reason(hub_id: str) -> str:
@@ -134,7 +140,8 @@ def unreachable(reason: str) -> SourceUnreachable:
 
 def _mirror_note() -> str:
     endpoint = constants.ENDPOINT
-    return "" if endpoint == _PUBLIC_HUB else f"; HF_ENDPOINT is {printable_line(endpoint)}"
+    shown = printable_line(strip_secrets(endpoint))
+    return "" if endpoint == _PUBLIC_HUB else f"; HF_ENDPOINT is {shown}"
 
 
 def _token_source() -> str:

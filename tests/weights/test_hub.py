@@ -255,6 +255,28 @@ def test_each_refusal_of_the_hub_has_its_own_message(
     assert "\n" not in str(caught.value)
 
 
+def test_a_password_in_hf_endpoint_is_in_no_message(
+    hub: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = huggingface_hub.constants.ENDPOINT
+    monkeypatch.setattr(
+        huggingface_hub.constants, "ENDPOINT", address.replace("//", "//me:s3cret%21@")
+    )
+    hub.refusal = (500, "")
+    with pytest.raises(WeightsError, match="it answers 500") as caught:
+        get(tmp_path / "cache")
+    assert f"; HF_ENDPOINT is {address}" in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("before", ["", "x" * 250])
+def test_the_text_of_a_failure_has_no_password(before: str) -> None:
+    error = OSError(f"{before} for url 'http://me:s3cret@{'h' * 300}/api' and\nmore")
+    text = hub_listing.failure_text(error)
+    assert "s3cret" not in text
+    assert "\n" not in text
+
+
 def test_a_token_with_other_characters_is_named(
     hub: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,13 +6,13 @@ import contextlib
 import ipaddress
 import re
 import socket
-import unicodedata
 from dataclasses import dataclass, field
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import idna
 
 from mlxroute.errors import UsageError
+from mlxroute.safe_text import strip_secrets
 
 _EXAMPLE = "http://127.0.0.1:8081/v1"
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
@@ -78,18 +78,6 @@ def parse_address(text: str) -> Address:
     url_host = f"[{host.replace('%', '%25')}]" if ":" in host else host
     path = parts.path.rstrip("/") or "/v1"
     return Address(f"{parts.scheme}://{url_host}{port}{path}", host, _userinfo(parts, typed))
-
-
-def strip_secrets(text: str) -> str:
-    """Remove the parts of a mistyped URL that may hold a secret: userinfo, query and fragment."""
-    # Some characters that look like @ are one to a URL parser.
-    ends = [n for n, c in enumerate(text, start=1) if "@" in unicodedata.normalize("NFKC", c)]
-    if ends:
-        scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/*(?=[^/])", text[: ends[-1]])
-        # Without slashes, what looks like a scheme may be the user.
-        is_scheme = scheme is not None and scheme[0].endswith("/")
-        text = (scheme[0] if scheme is not None and is_scheme else "") + text[ends[-1] :]
-    return re.sub(r"([?#]).+", r"\1…", text, flags=re.DOTALL)
 
 
 def _port(parts: SplitResult, typed: str) -> str:
