@@ -13,8 +13,15 @@ from typing import TYPE_CHECKING
 from mlxroute.cli.error_advice import error_message
 from mlxroute.cli.folders import cache_dir_of, expand_optional
 from mlxroute.cli.terminal import WARNING_STYLE, print_note, redraw
-from mlxroute.config import Secret, Settings, read_key, read_never_send, user_catalog_dir
-from mlxroute.config.server_key import DEFAULT_KEY_ENV
+from mlxroute.config import (
+    Secret,
+    Settings,
+    default_config_path,
+    read_key,
+    read_never_send,
+    user_catalog_dir,
+)
+from mlxroute.config.server_key import DEFAULT_KEY_ENV, is_open_to_others
 from mlxroute.errors import LargeError, LargeUnrecorded, UsageError, WeightsError
 from mlxroute.ledger import Ledger
 from mlxroute.safe_text import printable
@@ -173,6 +180,9 @@ def _secret_warnings(settings: Settings, typed: str, *, has_key: bool) -> Iterat
             "a password on the command line is visible to other users of this machine;"
             " OPENAI_BASE_URL or the config file can hold the address"
         )
+    if address.userinfo and typed == settings.large and _is_from_open_file(settings):
+        file = default_config_path()
+        yield f"other users can open {file}, which has a password; run `chmod 600 {file}`"
     if address.is_loopback or not (has_key or address.userinfo):
         return
     usual = settings.key_server if names_key else os.environ.get("OPENAI_BASE_URL")
@@ -185,6 +195,13 @@ def _secret_warnings(settings: Settings, typed: str, *, has_key: bool) -> Iterat
     if address.url.startswith("http://"):
         secret = "password" if address.userinfo else "key"
         yield f"the {secret} goes to {address.url} unencrypted; use https outside your own network"
+
+
+def _is_from_open_file(settings: Settings) -> bool:
+    """Return whether the address is that of the config file, and other users can open the file."""
+    path = default_config_path()
+    is_from_file = settings.origins.get("large", "").endswith(f" in the config file {path}")
+    return is_from_file and os.path.exists(path) and is_open_to_others(path)
 
 
 def _is_same_host(text: str, address: Address) -> bool:

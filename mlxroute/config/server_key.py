@@ -63,9 +63,14 @@ def _missing_variable(name: str) -> str:
     return "the environment variable that should hold the key is not set"
 
 
+def is_open_to_others(path: Path) -> bool:
+    """Return whether other users can open a file. Raises OSError."""
+    return bool(path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO))
+
+
 def refuse_readable_by_others(path: Path) -> None:
     """Raise ConfigError for a key file that other users can open."""
-    if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+    if is_open_to_others(path):
         raise ConfigError(f"other users can open the key file {path}; run `chmod 600 {path}`")
 
 

@@ -15,7 +15,7 @@ from mlxroute.cli import main
 from mlxroute.cli.error_advice import error_message
 from mlxroute.cli.failure_notes import FailureNotes, failure_note
 from mlxroute.cli.terminal import make_consoles, make_table, show_answer
-from mlxroute.config import Settings
+from mlxroute.config import Settings, load_settings
 from mlxroute.engine import generate
 from mlxroute.errors import LargeTimeout, UsageError
 from mlxroute.routers import EntropyRouter
@@ -305,6 +305,21 @@ def test_the_address_wins_over_a_key_that_settings_name_and_says_so(
     assert line == (
         "warning: the user and password of the address are sent, not the key that the settings name"
     )
+
+
+@pytest.mark.parametrize(("mode", "is_open"), [(0o600, False), (0o640, True), (0o604, True)])
+def test_a_config_file_that_shows_others_a_password_has_a_warning(
+    mode: int, is_open: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, address = tmp_path / "config.toml", "https://me:s3cret@box.example/v1"
+    file.write_text(f'large = "{address}"\n')
+    file.chmod(mode)
+    monkeypatch.setenv("MLXROUTE_CONFIG", str(file))
+    of_file = load_settings({}, environ={}, path=file)
+    line = f"warning: other users can open {file}, which has a password; run `chmod 600 {file}`"
+    assert warnings_of(monkeypatch, address, of_file) == [line] * is_open
+    of_flag = load_settings({"large": address}, environ={}, path=file)
+    assert warnings_of(monkeypatch, address, of_flag) == []
 
 
 def test_a_password_on_the_command_line_has_a_warning_and_wins_over_a_key(
