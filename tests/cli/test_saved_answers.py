@@ -400,6 +400,33 @@ def test_a_replay_without_its_small_model_names_no_flag_that_it_lacks(
     assert capsys.readouterr().err.endswith("run `mlxroute pull qwen3-0.6b` while online\n")
 
 
+def test_a_replay_of_an_answer_without_a_place_says_what_to_write(
+    plain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = read(plain)
+    folder = document["models"]["small_spec"]
+    # An endpoint writes so.
+    document["models"] |= {"small": "tiny", "small_spec": None}
+    plain.write_text(json.dumps(document))
+    assert main(["replay", str(plain)]) == 2
+    err = capsys.readouterr().err
+    assert "the answer does not say where its small model is (" in err
+    assert f"as `small_spec` in `models` of {plain}, write the model's folder" in err
+    document["models"]["small_spec"] = folder
+    plain.write_text(json.dumps(document))
+    assert main(["replay", str(plain)]) == 0
+
+
+def test_a_replay_of_an_answer_without_a_place_loads_the_model_by_its_name(
+    plain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = read(plain)
+    document["models"]["small_spec"] = None
+    plain.write_text(json.dumps(document))
+    assert main(["replay", str(plain)]) == 0
+    assert "the answer is the recorded one" in capsys.readouterr().err
+
+
 def test_a_replay_without_memory_names_the_variable_as_it_has_no_flag(
     plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

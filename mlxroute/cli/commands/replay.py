@@ -10,7 +10,7 @@ import typer
 
 from mlxroute.cli.setting_options import parse_budget, parse_number
 from mlxroute.config import Settings
-from mlxroute.errors import UsageError, WeightsError
+from mlxroute.errors import CatalogError, NotEnoughSpace, UsageError, WeightsError
 from mlxroute.replace_file import is_same_file
 from mlxroute.safe_text import printable_line
 from mlxroute.types import Mode
@@ -56,7 +56,7 @@ def replay(
             raise UsageError(f"{save} is the saved answer; choose another name", parameter="save")
         check_target(save)
     out, err = make_consoles()
-    small = _load_small(document, settings, err)
+    small = _load_small(document, file, settings, err)
     if settings.head is not None and document.router.name != HEAD_ROUTER:
         print_note(err, f"the head is not used: the answer was routed by {document.router.name}")
     answer = prepare_replay(
@@ -74,18 +74,32 @@ def replay(
     return code
 
 
-def _load_small(document: AnswerDocument, settings: Settings, err: Console) -> SmallModel:
-    """Return the recorded small model from the cache. Raises WeightsError if it is not there."""
+def _load_small(
+    document: AnswerDocument, file: Path, settings: Settings, err: Console
+) -> SmallModel:
+    """Return the recorded small model from the cache.
+
+    Raises WeightsError if it is not there, and UsageError if the answer in the file does not say
+    where it is.
+    """
     from mlxroute.cli.progress import ByteProgress
     from mlxroute.cli.small_setup import load_small
 
-    small, adapter = document.models.small_spec, document.models.adapter
+    models = document.models
+    small = models.small_spec or models.small
     try:
         with ByteProgress(err) as progress:
             return load_small(
-                replace(settings, small=small, adapter=adapter, offline=True), progress
+                replace(settings, small=small, adapter=models.adapter, offline=True), progress
             )
-    except WeightsError as error:
+    except (CatalogError, WeightsError) as error:
+        if not models.small_spec and not isinstance(error, NotEnoughSpace):
+            # An endpoint tells its clients no paths.
+            raise UsageError(
+                f"the answer does not say where its small model is ({error}): as `small_spec` in"
+                f" `models` of {file}, write the model's folder, and as `adapter` that of its"
+                " adapter, if it has one"
+            ) from error
         if error.parameter == "offline":
             # A replay is always offline; no setting changes that.
             error.parameter = None

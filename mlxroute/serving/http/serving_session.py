@@ -56,15 +56,15 @@ class ServingSession:
 
     @property
     def small_name(self) -> str:
-        """The name of the small model; of a path, which clients need not know, the last part."""
-        path = PurePath(self.small.name)
-        return path.name if path.is_absolute() and path.name else self.small.name
+        """The name of the small model; of a path of this machine, only the last part."""
+        name = self.small.name
+        return PurePath(name).name or name if _is_place(name) else name
 
     @property
     def model_pair(self) -> ModelPair:
-        """The models as answer documents name them."""
+        """The models as answer documents name them, which clients can read."""
         if self.find_models is not None:
-            return replace(self.find_models(), small=self.small_name)
+            return _without_places(replace(self.find_models(), small=self.small_name))
         large = self.large
         return ModelPair(
             small=self.small_name,
@@ -74,3 +74,17 @@ class ServingSession:
             large_url=None if large is None else large.base_url,
             small_files=self.small.fingerprint or None,
         )
+
+
+def _without_places(models: ModelPair) -> ModelPair:
+    """Return the models without the places of their files on this machine."""
+    specs = models.small_spec, models.adapter
+    if any(spec is not None and _is_place(spec) for spec in specs):
+        # One without the other would load another model.
+        return replace(models, small_spec=None, adapter=None)
+    return models
+
+
+def _is_place(name: str) -> bool:
+    """Return whether a model is named by a path that tells where on this machine it is."""
+    return name.startswith(("~", ".")) or PurePath(name).is_absolute()

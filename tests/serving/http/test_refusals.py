@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from mlxroute.answers.document import ModelPair
 from mlxroute.config.setting_choices import ToolPolicyName
 from mlxroute.errors import UsageError
 from mlxroute.serving import AnswerRequest
@@ -574,3 +575,25 @@ def test_clients_do_not_learn_where_a_model_is() -> None:
     session = ServingSession(small, None)  # type: ignore[arg-type]
     assert ModelNames(session, created=0).pair == "tiny"
     assert session.model_pair.small == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("spec", "adapter", "is_hidden"),
+    [
+        ("qwen3-0.6b", None, False),
+        ("some-org/tiny-model", None, False),
+        ("/home/me/models/tiny", None, True),
+        ("~/models/tiny", None, True),
+        ("../tiny", None, True),
+        ("qwen3-0.6b", "/home/me/adapter", True),
+    ],
+)
+def test_clients_do_not_learn_where_files_of_a_session_are(
+    spec: str, adapter: str | None, is_hidden: bool
+) -> None:
+    models = ModelPair(spec, spec, adapter, None, None)
+    small = SimpleNamespace(name=spec, context_length=512, fingerprint="")
+    session = ServingSession(small, None, find_models=lambda: models)  # type: ignore[arg-type]
+    pair = session.model_pair
+    assert (pair.small_spec, pair.adapter) == ((None, None) if is_hidden else (spec, adapter))
+    assert pair.small == ("tiny" if spec.endswith("/tiny") else spec)
