@@ -134,17 +134,25 @@ def quality_table(report: Mapping[str, Any], adapted: Mapping[str, Any] | None =
 
     for name, side in sides.items():
         add(name, side, _comparison(better[name]) if name in better else "")
-    for name, side in (adapted["sides"] if adapted else {}).items():
-        if name != "large":
-            add(f"adapted, {name}", side, _compare_with_unadapted(name, side, sides))
+    if adapted:
+        for name, side in adapted["sides"].items():
+            if name != "large":
+                add(f"adapted, {name}", side, _compare_adapted(name, adapted, sides))
     return "\n".join(lines) + "\n"
 
 
-def _compare_with_unadapted(
-    name: str, side: Mapping[str, Any], unadapted: Mapping[str, Mapping[str, Any]]
+def _compare_adapted(
+    name: str, adapted: Mapping[str, Any], unadapted: Mapping[str, Mapping[str, Any]]
 ) -> str:
-    """Return McNemar's test of a side against the same one without the adapter, if there is one."""
+    """Return McNemar's test of a side against the same one without the adapter.
+
+    If there is none, the test is against another side of its own report, if that compares them.
+    """
+    side = adapted["sides"][name]
     if name not in unadapted:
+        for item in adapted["comparisons"]:
+            if item["first"] == name and item["second"] in adapted["sides"]:
+                return _comparison({**item, "second": f"adapted, {item['second']}"})
         return ""
     pairs = list(zip(side["lenient"]["right"], unadapted[name]["lenient"]["right"], strict=True))
     gained, lost = pairs.count(("1", "0")), pairs.count(("0", "1"))

@@ -29,6 +29,7 @@ _THINKING: Final = [
 # Some templates write the opening tag themselves, as the last part of the prompt.
 _THINKING_END: Final = re.compile(r"^[ \t]*</(?:think|thinking)>[ \t]*(?:\n\s*|\Z)", re.MULTILINE)
 ANSWER_OPENINGS: Final = {
+    "<think>\n\n": "</think>\n\n",
     "<think>\n": "\n</think>\n\n",
     "<think>": "\n\n</think>\n\n",
     "<|start|>assistant": "<|channel|>final<|message|>",

@@ -283,8 +283,11 @@ def test_sides_with_an_adapter_are_compared_with_those_without(tmp_path: Path) -
         "large": plain["large"],
         "head 5%": side("1" * 10, "head"),
     }
+    against_small = {"first": "head 5%", "lenient": {"difference": 0.3, "p": 0.25}}
+    comparisons = [{**against_small, "second": s} for s in ("small, without the adapter", "small")]
     for name, sides in {"a": {**plain, **routed}, "b": tuned}.items():
-        report = {"questions": 10, "sides": sides, "comparisons": []}
+        own = comparisons if name == "b" else []
+        report = {"questions": 10, "sides": sides, "comparisons": own}
         (tmp_path / f"{name}.json").write_text(json.dumps(report))
     script = runpy.run_path(str(_ROOT / "bench" / "quality_tables.py"))
     text = script["write_tables"]("<!-- table: a.json b.json -->\n<!-- end -->", tmp_path)
@@ -294,7 +297,7 @@ def test_sides_with_an_adapter_are_compared_with_those_without(tmp_path: Path) -
         ("large", "70.0", "", ""),
         ("entropy 5%", "20.0", "17", ""),
         ("adapted, small", "70.0", "100", "`small`: +60.0, p = 0.07"),
-        ("adapted, head 5%", "100.0", "150", ""),
+        ("adapted, head 5%", "100.0", "150", "`adapted, small`: +30.0, p = 0.25"),
     ]
 
 

@@ -65,6 +65,7 @@ def test_an_answer_about_thinking_is_kept(answer: str) -> None:
     ("prompt", "opening"),
     [
         ("<|im_start|>assistant\n<think>\n", "\n</think>\n\n"),
+        ("<|im_start|>assistant\n<think>\n\n", "</think>\n\n"),
         ("<|im_start|>assistant\n<think>", "\n\n</think>\n\n"),
         ("<|im_start|>assistant\n<think>\n\n</think>\n\n", ""),
         ("What is <think>?<|im_end|>\n<|im_start|>assistant\n", ""),

@@ -86,7 +86,8 @@ def _prompt_cache_class() -> Any:
         """
 
         def insert_cache(self, *arguments: Any, **named: Any) -> None:
-            super().insert_cache(*arguments, **named)
+            # Of several kinds, mlx_lm drops one first, however new its caches are.
+            super().insert_cache(*arguments, **{**named, "cache_type": "assistant"})
             # The last stays, whatever its size: the next call continues its text.
             while len(self) > 1 and self.nbytes > _PROMPT_CACHE_BYTES:
                 self.trim_to(n_sequences=len(self) - 1)

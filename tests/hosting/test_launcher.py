@@ -262,7 +262,8 @@ def test_mlx_lm_keeps_512_mib_of_earlier_kv_caches_and_always_the_last() -> None
         # Never evaluated, so they take no memory.
         half = mx.zeros((1, 1, mib * 512, 256))
         layer = plain_cache(half, half, mib * 512)
-        cache.insert_cache("model", [number], [layer], cache_type="assistant")
+        kind = "assistant" if number else "user"
+        cache.insert_cache("model", [number], [layer], cache_type=kind)
         kept.append((len(cache), cache.nbytes // 2**20))
     assert kept == [(1, 300), (1, 300), (2, 500), (1, 900), (1, 100)]
 
