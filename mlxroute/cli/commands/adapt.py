@@ -14,11 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlxroute._version import __version__
-from mlxroute.cli.adapt_notes import (
-    print_figures,
-    warn_of_answers,
-    warn_of_known,
-)
+from mlxroute.cli.adapt_notes import print_figures, warn_of_answers, warn_of_known
 from mlxroute.cli.exit_codes import EXIT_INTERRUPTED, EXIT_OK
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
 from mlxroute.cli.folders import (

@@ -210,6 +210,8 @@ class Decider:
 
     def _may_join(self) -> bool:
         """Return whether a prefetched token to come may be conclusive, judged by earlier ones."""
+        if not self._accept_within:
+            return True
         earlier = self._prefetched.arrived
         return not earlier or any(map(self._is_conclusive, earlier))
 

@@ -22,8 +22,7 @@ _T = TypeVar("_T")
 def encode_event(value: Any) -> bytes:
     """Return a JSON value as an event."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    text = one_line_json(text)
-    return f"data: {text}\n\n".encode(errors="replace")
+    return f"data: {one_line_json(text)}\n\n".encode(errors="replace")
 
 
 class ClientGone(Exception):
