@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import sys
 import threading
+import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -34,8 +35,11 @@ _LARGE_TIMEOUT_S: Final = 0.25
 _PAUSE_S: Final = 0.05
 
 
-def _describe(endpoint: AnswerEndpoint) -> dict[str, Any]:
-    """Return what the process holds: rows, caches, documents and threads by name."""
+def _describe(endpoint: AnswerEndpoint, large: LargeModel) -> dict[str, Any]:
+    """Return what the process holds, and whether calls to the large model are paused.
+
+    It holds rows, caches, documents, and threads by name.
+    """
     scheduler = endpoint.scheduler
     device = scheduler._device
     gc.collect()
@@ -45,6 +49,7 @@ def _describe(endpoint: AnswerEndpoint) -> dict[str, Any]:
         "prefills": len(device._prefills),
         "decoding": len(device._decoding),
         "awaited": len(device._awaited),
+        "paused": time.monotonic() < (large._breaker._paused_until_s or 0.0),
         "document_bytes": endpoint.store.size_bytes,
         "threads": Counter(thread.name for thread in threading.enumerate()),
     }
@@ -55,7 +60,7 @@ def _make_app(small: SmallModel, large: LargeModel) -> Starlette:
     app = create_app(ServingSession(small, large, new_router, options), limits=LIMITS)
 
     async def state(request: Request) -> Response:
-        return JSONResponse(_describe(app.state.endpoint))
+        return JSONResponse(_describe(app.state.endpoint, large))
 
     app.router.routes.append(Route("/state", state))
     return app

@@ -193,7 +193,10 @@ class SoakRun:
             self.proxy.plan(None)
 
     def settled_state(self) -> dict[str, Any]:
-        """Return what the endpoint holds once nothing of an answer is left, or after a while."""
+        """Return what the endpoint holds once nothing of an answer is left, or after a while.
+
+        The pause after the last failure of the large model has to be over too.
+        """
         end_s = time.monotonic() + _SETTLE_S
         while (left := self._left()) and time.monotonic() < end_s:
             time.sleep(0.1)
@@ -202,7 +205,16 @@ class SoakRun:
     def _left(self) -> dict[str, Any]:
         """Return what an idle endpoint should not hold; empty if there is nothing."""
         state = self.served.state()
-        names = ("running", "queued", "requests", "prefills", "decoding", "awaited", "batch_bytes")
+        names = (
+            "running",
+            "queued",
+            "requests",
+            "prefills",
+            "decoding",
+            "awaited",
+            "batch_bytes",
+            "paused",
+        )
         threads = {
             name: count
             for name, count in state["threads"].items()
