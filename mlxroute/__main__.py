@@ -14,7 +14,12 @@ def run() -> NoReturn:
         signal.signal(signal.SIGINT, lambda *_: os._exit(_EXIT_INTERRUPTED))
     from mlxroute.cli import main
 
-    raise SystemExit(main())
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        # The command was over, and its own handler of Ctrl-C not yet gone.
+        os._exit(_EXIT_INTERRUPTED)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

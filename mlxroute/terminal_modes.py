@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import termios
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -95,14 +96,15 @@ class TerminalModes:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Put off a stop of the process until the end of the block."""
-        self._blocks += 1
-        try:
-            yield
-        finally:
-            self._blocks -= 1
-            if self._stop_is_pending and not self._blocks:
-                self.stop_process()
+        """Put off Ctrl-C and a stop of the process until the end of the block."""
+        with _interrupts_put_off():
+            self._blocks += 1
+            try:
+                yield
+            finally:
+                self._blocks -= 1
+                if self._stop_is_pending and not self._blocks:
+                    self.stop_process()
 
     def stop_process(self) -> None:
         """Restore the terminal and stop the process as Ctrl-Z does; return when it continues."""
@@ -138,6 +140,23 @@ class TerminalModes:
 
 TERMINAL: Final = TerminalModes()
 """The terminal of this process."""
+
+
+@contextmanager
+def _interrupts_put_off() -> Iterator[None]:
+    """Raise the KeyboardInterrupt of a Ctrl-C at the end of the block instead of within it."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    received: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if received:
+            raise KeyboardInterrupt
 
 
 def _nothing() -> None:

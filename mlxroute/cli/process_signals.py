@@ -60,10 +60,11 @@ class ProcessSignals:
         traceback: TracebackType | None,
     ) -> bool:
         if self._wakeup is not None:
-            for number, handler in self._handlers.items():
+            TERMINAL.restore()
+            # The handler of Ctrl-C, which was set last, comes first: another one ends the process.
+            for number, handler in reversed(self._handlers.items()):
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._outer_wakeup)
-            TERMINAL.restore()
             os.close(self._wakeup[1])
         # Whatever failed on the way out follows from the signal, such as a terminal that is gone.
         return self.exit_code is not None

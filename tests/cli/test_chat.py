@@ -225,6 +225,22 @@ def test_ctrl_c_clears_a_line_and_on_an_empty_one_shows_how_to_leave(chat: Chat)
     assert chat.session.asked == []
 
 
+def test_ctrl_c_again_while_the_way_to_leave_is_shown_does_not_leave(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    print_text, interrupts = Console.print, iter([True])
+
+    def interrupt_and_print(console: Console, text: object, **options: bool) -> None:
+        if "leaves the chat" in str(text) and next(interrupts, False):
+            raise KeyboardInterrupt
+        print_text(console, text, **options)
+
+    monkeypatch.setattr(Console, "print", interrupt_and_print)
+    assert chat.type(CTRL_C, "hello", ENTER, CTRL_D) == 0
+    assert "Ctrl-D or /quit leaves the chat" in chat.printed
+    assert chat.session.questions == ["hello"]
+
+
 def test_the_history_is_kept_for_its_owner_only_and_offered_next_time(chat: Chat) -> None:
     chat.type("first question", ENTER, CTRL_D)
     assert stat.S_IMODE(chat.history_path.stat().st_mode) == 0o600

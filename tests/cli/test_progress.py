@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import signal
 from collections.abc import Callable
 
 import pytest
-from rich.console import Console
+from rich.console import Console, RenderHook
 from rich.live import Live
 
 from mlxroute.cli.progress import ByteProgress, count_progress
@@ -90,3 +91,26 @@ def test_ctrl_z_while_a_display_is_removed_does_not_leave_another(
     assert stops
     assert terminal.cursor_is_shown
     assert terminal.raw.count("\x1b[?25l") == 1
+
+
+@pytest.mark.parametrize("show", [_show_answer, _show_bars, _show_bytes, _show_status])
+def test_ctrl_c_while_a_display_starts_is_an_interrupt_and_removes_it(
+    show: Callable[[Console], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push = Console.push_render_hook
+
+    def interrupt_and_push(console: Console, hook: RenderHook) -> None:
+        # Here the display is half started: it counts as such, and its hook is missing.
+        signal.raise_signal(signal.SIGINT)
+        push(console, hook)
+
+    monkeypatch.setattr(Console, "push_render_hook", interrupt_and_push)
+    terminal = Terminal(width=60)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            show(terminal.console)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert terminal.cursor_is_shown

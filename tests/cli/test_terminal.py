@@ -167,6 +167,31 @@ def test_ctrl_c_while_the_command_line_is_imported_leaves_no_traceback() -> None
     assert (result.returncode, result.stdout, result.stderr) == (130, b"", b"")
 
 
+@pytest.mark.parametrize(
+    "patch",
+    [
+        "TerminalModes.restore = lambda self: interrupt()",
+        "signal.signal = lambda number, handler: (\n"
+        "    number is signal.SIGTERM and handler is signal.SIG_DFL and interrupt(),\n"
+        "    set_handler(number, handler)\n"
+        ")[1]",
+    ],
+)
+def test_ctrl_c_after_the_command_leaves_no_traceback(patch: str) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from mlxroute.__main__ import run\n"
+        "from mlxroute.terminal_modes import TerminalModes\n"
+        "set_handler = signal.signal\n"
+        "interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+        f"{patch}\n"
+        "sys.argv[1:] = ['--version']\n"
+        "run()"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=DEADLINE_S)
+    assert (result.returncode, result.stderr) == (130, b"")
+
+
 def test_what_is_typed_during_an_answer_waits_for_the_next_prompt(tiny: Path) -> None:
     with PseudoTerminal(command("chat", tiny, max_tokens=200)) as terminal:
         start = wait_for_answer(terminal, "chat")

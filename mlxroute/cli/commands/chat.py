@@ -79,15 +79,20 @@ def run_chat(
 
 def _talk(chat: _Chat, reader: Reader) -> int:
     code = EXIT_OK
+    was_interrupted = False
     while True:
         try:
+            # Here, because Ctrl-C may come again while this is printed.
+            if was_interrupted:
+                chat.print_line(_LEAVE_HINT)
+            was_interrupted = False
             code = _take_turn(chat, reader) or code
         except EOFError:
             return code
         except KeyboardInterrupt:
             if not reader.interactive:
                 return EXIT_INTERRUPTED
-            chat.print_line(_LEAVE_HINT)
+            was_interrupted = True
 
 
 def _take_turn(chat: _Chat, reader: Reader) -> int:
