@@ -230,10 +230,10 @@ def test_ctrl_c_again_while_the_way_to_leave_is_shown_does_not_leave(
 ) -> None:
     print_text, interrupts = Console.print, iter([True])
 
-    def interrupt_and_print(console: Console, text: object, **options: bool) -> None:
+    def interrupt_and_print(console: Console, text: object, *, soft_wrap: bool) -> None:
         if "leaves the chat" in str(text) and next(interrupts, False):
             raise KeyboardInterrupt
-        print_text(console, text, **options)
+        print_text(console, text, soft_wrap=soft_wrap)
 
     monkeypatch.setattr(Console, "print", interrupt_and_print)
     assert chat.type(CTRL_C, "hello", ENTER, CTRL_D) == 0
