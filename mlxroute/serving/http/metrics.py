@@ -24,7 +24,10 @@ _STATES: Final = (
     ("queued", "Answers that wait for their turn."),
     ("cache_entries", "KV caches that are kept for later prompts."),
     ("cache_bytes", "Memory of these KV caches."),
-    ("batch_bytes", "Memory of the KV caches of running answers."),
+    (
+        "batch_bytes",
+        "Memory of the batch's KV caches; an answer that is written alone has its own.",
+    ),
 )
 _TOTALS: Final = (
     ("cache_hits", "Prompts that began with a kept KV cache."),
