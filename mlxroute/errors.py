@@ -203,8 +203,8 @@ class LargeUnsendable(LargeProtocolError):
 
     Nothing is sent, unless it is a LargeTruncated.
 
-    It is longer than the context, it is a text where the server takes only conversations, or it is
-    a conversation whose last answer the server would continue instead of beginning a new one.
+    Such a prompt is longer than the context, is a text where the server takes only conversations,
+    or is a conversation whose last answer the server would continue instead of beginning a new one.
     """
 
     counts_as_failure = was_called = False

@@ -97,7 +97,10 @@ class BatchingProtocol(Protocol):
 
     @property
     def rounding_nats(self) -> float:
-        """Bound of the differences of logprobs and entropies between a batch and a single row."""
+        """Bound of the differences between a batch and a single row.
+
+        It holds for logprobs, entropies and head scores.
+        """
         ...
 
     def extend_unbatched(self, token_ids: Sequence[int]) -> Signals:

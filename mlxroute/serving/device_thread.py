@@ -100,7 +100,10 @@ class DeviceThread:
 
     @property
     def rounding_nats(self) -> float:
-        """Bound of the differences of logprobs and entropies between a batch and a single row."""
+        """Bound of the differences between a batch and a single row.
+
+        It holds for logprobs, entropies and head scores.
+        """
         return self._rounding.nats
 
     @property

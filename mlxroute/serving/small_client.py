@@ -75,7 +75,10 @@ class Device(Protocol):
 
     @property
     def rounding_nats(self) -> float:
-        """Bound of the differences of logprobs and entropies between a batch and a single row."""
+        """Bound of the differences between a batch and a single row.
+
+        It holds for logprobs, entropies and head scores.
+        """
         ...
 
     def post(self, client: SmallClient, request: DeviceRequest) -> None:
@@ -232,7 +235,10 @@ class SmallClient:
 
     @property
     def rounding_nats(self) -> float:
-        """Bound of the differences of logprobs and entropies between a batch and a single row."""
+        """Bound of the differences between a batch and a single row.
+
+        It holds for logprobs, entropies and head scores.
+        """
         return self._device.rounding_nats
 
     def can_rollback(self, count: int) -> bool:

@@ -34,8 +34,8 @@ class Token:
         signals: The small model's view of the position.
         escalation: The large model's answer, or the reason for its absence; None where the position
             was not escalated, and for the second and later ids of a large token.
-        checked: False where the router escalated the position and the small model's token stayed.
-        unchecked_reason: Why it stayed, also where no call was made; None where `checked`.
+        checked: False where the position was to be escalated but got no token of the large model.
+        unchecked_reason: Why it got none, also where no call was made; None where `checked`.
         time_s: Seconds since the request began.
     """
 
@@ -86,7 +86,7 @@ class RunStats:
         escalated: Positions that the large model answered.
         agreed: Those of them where it chose the small model's own token.
         fallbacks: Calls that failed, so that the small model's token stayed.
-        unchecked: Positions that the router escalated and where the small model's token stayed.
+        unchecked: Positions that were to be escalated but got no token of the large model.
         withheld: Those of them that a never-send pattern kept local.
         finish_reason: Why the answer ended.
         prompt_tokens: Tokens of the prompt.

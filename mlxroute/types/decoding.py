@@ -127,7 +127,8 @@ class BranchCost:
         rows: Number of rows of the batch.
         step_s: Seconds of a step of one row.
         batch_s: Seconds of a step of the batch.
-        rounding_nats: Bound of the differences of logprobs and entropies between the two.
+        rounding_nats: Bound of the differences of logprobs, entropies and head scores between the
+            two.
     """
 
     rows: int

@@ -71,7 +71,7 @@ class Decision:
 
     @property
     def refusal(self) -> LargeError | None:
-        """Why the large model takes no prompt as long as this position's; None if it may."""
+        """Why the server takes neither this position's prompt nor a longer one; None if it may."""
         is_too_long = isinstance(self.error, LargeRefused) and self.error.is_too_long
         return self.error if is_too_long or isinstance(self.error, LargeUnsendable) else None
 
