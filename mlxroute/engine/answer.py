@@ -136,6 +136,8 @@ class Answer:
         try:
             signals = self._prefill()
             is_waiting = self._options.mode is Mode.WAIT or not context.calls.is_open
+            # The other loop also makes decisions again that the rounding of a batch with other
+            # answers could change.
             if is_waiting and context.batching is None:
                 yield from wait_loop(context, signals)
             else:

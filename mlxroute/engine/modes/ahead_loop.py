@@ -1,7 +1,8 @@
-"""The decode loop of `overlap` and `hedge`: decoding goes on while calls are in flight.
+"""The decode loop of every mode but `wait`, and of `wait` where other answers may share a batch.
 
-A branch is one continuation of the committed answer: the small model's own choices, and under
-`hedge` also some of its next likeliest choices at the positions with a call. Branches of equal
+Under `overlap` and `hedge` decoding goes on while calls are in flight. A branch is one continuation
+of the committed answer: the small model's own choices, and under `hedge` also some of its next
+likeliest choices at the positions with a call. Branches of equal
 length are decoded as one batch. The large model's token at a position drops the branches that have
 another token there; when none is left, decoding goes back to that position.
 

@@ -1,4 +1,4 @@
-"""The decode loop of `wait`: decoding pauses while a call is in flight."""
+"""The decode loop of `wait`, and of answers without a large model: decoding pauses during calls."""
 
 from __future__ import annotations
 
