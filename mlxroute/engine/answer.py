@@ -130,7 +130,7 @@ class Answer:
             raise UsageError("an answer can be iterated only once; call generate again")
         self._started = True
         context = self._context
-        context.commits.began_s += context.clock() - self._ready_s
+        context.commits.skip(context.clock() - self._ready_s)
         context.calls.begin()
         context.claim.take(self._small)
         try:
@@ -145,7 +145,7 @@ class Answer:
         except BaseException as exc:
             # A reader that only leaves may do so long after the last token.
             if not (context.commits.ended or isinstance(exc, GeneratorExit)):
-                self._stopped_s = context.clock() - context.commits.began_s
+                self._stopped_s = context.commits.elapsed_s
             raise
         finally:
             context.calls.close()
@@ -221,7 +221,7 @@ class Answer:
         signals, self._reused = self._small.prefill(
             self._prompt.ids, sampling=self._options.sampling, progress=self._on_prefill
         )
-        self._prefill_s = self._context.clock() - self._context.commits.began_s
+        self._prefill_s = self._context.commits.elapsed_s
         self._activity = Activity.DECODE
         return signals
 

@@ -23,9 +23,6 @@ class Commits:
         failures: Counts positions that stay unchecked because of an error.
         began_s: Clock time at which the request began.
         clock: Returns seconds.
-
-    Attributes:
-        began_s: As given, later by the time between the answer's making and its first iteration.
     """
 
     def __init__(
@@ -44,7 +41,7 @@ class Commits:
         self._stop_strings = StopStrings(stop)
         self._strict = strict
         self._experience = experience
-        self.began_s = began_s
+        self._began_s = began_s
         self._clock = clock
         self._released_texts: list[str] = []
         self.times_s: list[float] = []
@@ -67,15 +64,24 @@ class Commits:
         """The text released so far."""
         return "".join(self._released_texts)
 
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the request began, without those that `skip` left out."""
+        return self._clock() - self._began_s
+
+    def skip(self, seconds: float) -> None:
+        """Leave seconds out of the times of the answer."""
+        self._began_s += seconds
+
     def commit(self, decision: Decision, texts: Sequence[str]) -> Iterator[Token]:
         """Commit a decision, whose tokens add `texts`; yield the tokens that can be released.
 
         Raises the decision's LargeError if `strict`, except for a reply that does not go on: the
         server has not failed.
         """
-        has_failed = not isinstance(decision.error, LargeNotContinued)
-        if self._strict and has_failed and decision.error is not None:
-            raise decision.error
+        error = decision.error
+        if self._strict and error is not None and not isinstance(error, LargeNotContinued):
+            raise error
         self._count(decision)
         for number, (token_id, text) in enumerate(zip(decision.token_ids, texts, strict=True)):
             if self._stop_strings.is_hit or len(self) >= self._max_tokens:
@@ -93,7 +99,7 @@ class Commits:
                 escalation=decision.escalation if number == 0 else None,
                 checked=decision.checked,
                 unchecked_reason=decision.unchecked_reason,
-                time_s=self._clock() - self.began_s,
+                time_s=self.elapsed_s,
             )
             self.times_s.append(token.time_s)
             self.large_tokens += decision.source is Source.LARGE

@@ -152,7 +152,7 @@ class PositionCaller:
                     answer.completion,
                     uploaded_bytes=uploaded_bytes,
                 )
-            if self._planner.is_last(plan, answer, pairing.negotiated):
+            if self._planner.record_without_token(plan, answer, pairing.negotiated):
                 break
         raise LargeProtocolError(f"{self._base_url} gave no whole character for this position")
 

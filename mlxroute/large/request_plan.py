@@ -60,7 +60,7 @@ class RequestPlanner:
             self._damaged_streams = 0
             self._unstreamed = negotiated
 
-    def is_last(
+    def record_without_token(
         self, plan: RequestPlan, answer: CompletionAnswer, negotiated: NegotiatedDialect
     ) -> bool:
         """Record a reply that gave no token; return whether a longer request would give none."""

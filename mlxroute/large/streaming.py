@@ -48,27 +48,23 @@ class TokenStream:
         Published tokens are returned as they were published. `uploaded_bytes` is the size of the
         call's request bodies.
         """
-        published = self.tokens or tokens[:1]
-        later = tokens[len(published) :]
-        first_published = published[0]
+        if self.tokens:
+            first, *later = *self.tokens, *map(self._with_latency, tokens[len(self.tokens) :])
+        else:
+            # All arrived at once, so the later ones have no latency.
+            first, *later = self._with_latency(tokens[0]), *tokens[1:]
         first = replace(
-            first_published,
-            latency_s=first_published.latency_s if self.tokens else self._elapsed_s(),
-            lost_s=first_published.lost_s if self.tokens else self._deadline.lost_s,
+            first,
             prompt_tokens=completion.prompt_tokens,
             cached_tokens=completion.cached_tokens,
             completion_tokens=completion.completion_tokens,
             uploaded_bytes=uploaded_bytes,
         )
-        # Without a stream the later tokens arrived with the first, so they have no latency.
-        timed = map(self._with_latency, later) if self.tokens else later
-        return (first, *published[1:], *timed)
+        return (first, *later)
 
     def _with_latency(self, token: LargeToken) -> LargeToken:
-        return replace(token, latency_s=self._elapsed_s(), lost_s=self._deadline.lost_s)
-
-    def _elapsed_s(self) -> float:
-        return time.perf_counter() - self._began_s
+        latency_s = time.perf_counter() - self._began_s
+        return replace(token, latency_s=latency_s, lost_s=self._deadline.lost_s)
 
 
 @dataclass(frozen=True, slots=True)

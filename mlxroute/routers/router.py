@@ -10,7 +10,6 @@ from mlxroute.routers.budget import DEFAULT_BUDGET, Budget
 from mlxroute.routers.scores import SCORES
 from mlxroute.routers.threshold import Threshold
 from mlxroute.types import Signals
-from mlxroute.types.limits import check_number
 
 # Initial quantiles of a budget without a calibration; real scores soon replace them.
 _UNCALIBRATED = (0.0, 1.0)
@@ -59,13 +58,17 @@ def make_router(
         raise UsageError(
             f"unknown router {name!r}; choose one of {', '.join(SCORES)}", parameter="router"
         )
-    if (threshold is None) == (budget is None):
-        raise UsageError("a router takes either a threshold or a budget")
-    if threshold is not None:
-        check_number("threshold", threshold)
-        return Router(name, Threshold(threshold))
-    assert budget is not None
-    return Router(name, Budget.of(budget, quantiles, resolution=SCORES[name].resolution))
+    return Router(name, _initial_state(name, threshold, budget, quantiles))
+
+
+def _initial_state(
+    name: str, threshold: float | None, budget: float | None, quantiles: Sequence[float]
+) -> Threshold | Budget:
+    if threshold is not None and budget is None:
+        return Threshold(threshold)
+    if budget is not None and threshold is None:
+        return Budget.of(budget, quantiles, resolution=SCORES[name].resolution)
+    raise UsageError("a router takes either a threshold or a budget")
 
 
 def never_escalate() -> Router:
@@ -102,5 +105,4 @@ class EntropyRouter(Router):
     ) -> None:
         if threshold is None and budget is None:
             budget = DEFAULT_BUDGET
-        router = make_router("entropy", threshold=threshold, budget=budget, quantiles=quantiles)
-        super().__init__(router.name, router.state)
+        super().__init__("entropy", _initial_state("entropy", threshold, budget, quantiles))

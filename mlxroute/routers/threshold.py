@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mlxroute.errors import UsageError
 from mlxroute.types import Judgement
+from mlxroute.types.limits import check_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +21,7 @@ class Threshold:
     positions: int = 0
 
     def __post_init__(self) -> None:
-        if math.isnan(self.threshold):
-            raise UsageError(
-                "threshold must be a number, inf or -inf, not nan", parameter="threshold"
-            )
+        check_number("threshold", self.threshold)
 
     def decide(self, score: float) -> tuple[Judgement, Threshold]:
         """Judge the next position by its score; return the judgement and the state after it."""

@@ -57,9 +57,6 @@ class PrefixCache:
         """
         ids = array("q", token_ids)
         is_divisible = is_plain(layers)
-        kept = share(layers, len(ids)) if is_divisible else copy.deepcopy(layers)
-        # What is kept is a view of the owner's buffers, which have room for more tokens.
-        size_bytes = sum(layer.nbytes for layer in layers)
         if len(ids) < MIN_PREFIX_TOKENS or not self.fits(layers):
             return
         for key, entry in list(self._entries.items()):
@@ -71,6 +68,9 @@ class PrefixCache:
                 return
             if shared == len(entry.token_ids) and (is_divisible or shared == len(ids)):
                 self._remove(key)
+        kept = share(layers, len(ids)) if is_divisible else copy.deepcopy(layers)
+        # What is kept is a view of the owner's buffers, which have room for more tokens.
+        size_bytes = sum(layer.nbytes for layer in layers)
         self._entries[self._next_key] = _Entry(kept, ids, owner, size_bytes, is_divisible)
         self._next_key += 1
         self.size_bytes += size_bytes

@@ -58,7 +58,7 @@ class AheadLoop:
         context, provisional = self._context, self.provisional
         self._branches = Branches(Transcript(context.prompt), signals)
         while True:
-            self._take_answers()
+            self._take_outcomes()
             yield from provisional.retract(self._uncommitted_ids(), committed=self._committed)
             yield from self._commit_decided()
             if context.commits.ended:
@@ -83,13 +83,14 @@ class AheadLoop:
         """Return the ids along the first branch that are not committed."""
         return self._branches.transcript(self._branches.first).ids[self._committed :]
 
-    # The large model's answers
+    # The outcomes of calls
 
-    def _take_answers(self) -> None:
-        """Decide the positions whose answers have arrived."""
+    def _take_outcomes(self) -> None:
+        """Decide the positions whose calls have ended."""
         for position in self._branches.pending_positions():
-            # An earlier answer may have dropped this position.
-            if position.call is not None and (decision := self._answer(position, position.call)):
+            # An earlier outcome may have dropped this position.
+            call = position.call
+            if call is not None and (decision := self._decision_by_call(position, call)):
                 self._decide(position, decision)
         if self._has_new_prefetched():
             self._checked_prefetched = self._context.prefetched.generated
@@ -100,7 +101,7 @@ class AheadLoop:
         """Return whether tokens were prefetched that no pending position was compared with."""
         return self._context.prefetched.generated != self._checked_prefetched
 
-    def _answer(self, position: Position, call: Call) -> Decision | None:
+    def _decision_by_call(self, position: Position, call: Call) -> Decision | None:
         """Return the decision by a call if it is finished or the calls are closed, else None."""
         context = self._context
         if context.calls.is_finished(call):
@@ -169,7 +170,7 @@ class AheadLoop:
             if not self._cache.is_exact and self._is_borderline(small_choice, state):
                 self.redecoded += 1
                 branch.batch_row = branch.signals = None
-                branch.decode_unbatched = True
+                branch.unbatched = True
                 is_progress = True
             else:
                 is_progress = self._add_position(branch, small_choice) or is_progress
@@ -287,10 +288,10 @@ class AheadLoop:
                 self.was_blocked = True
                 return False
             # The last time that what a batch computed can be removed from the cache.
-            best.decode_unbatched = True
+            best.unbatched = True
         if context.batching is not None and not context.may_batch:
             # In a batch with other answers it would be decoded twice.
-            best.decode_unbatched = True
+            best.unbatched = True
         if is_batch:
             batch.sort(key=lambda branch: -branch.probability)
             self._feed_batch(batch[:max_branches])
@@ -342,11 +343,11 @@ class AheadLoop:
         transcript = self._branches.transcript(branch)
         if branch.batch_row is None or self._cache.is_batch:
             self._cache.collapse(transcript.ids)
-        branch.signals = self._cache.feed(transcript, exactly=branch.decode_unbatched)
+        branch.signals = self._cache.feed(transcript, unbatched=branch.unbatched)
         for other in self._branches.all:
             other.batch_row = None
         branch.batch_row = 0
-        branch.decode_unbatched = False
+        branch.unbatched = False
 
     def _feed_batch(self, branches: list[Branch]) -> None:
         """Decode one token of each branch as a batch; the branches have the same length."""

@@ -39,22 +39,23 @@ class AnswerCache:
         """Whether all answer tokens in the cache were computed as a single row."""
         return not self.is_batch and self._exact_length == len(self._ids)
 
-    def feed(self, transcript: Transcript, *, exactly: bool) -> Signals:
+    def feed(self, transcript: Transcript, *, unbatched: bool) -> Signals:
         """Feed an answer to the only row; return the signals of the position after it.
 
         Cached tokens that are part of the answer are kept, up to the start of a decision: the
         tokens of a decision are fed in one pass, as in `wait`, so that they round the same. With
-        `exactly`, tokens that a batch computed are computed again.
+        `unbatched`, tokens that a batch computed are computed again, and none is batched with other
+        answers.
         """
         tokens = transcript.tokens
-        reusable = min(len(self._ids), self._exact_length) if exactly else len(self._ids)
+        reusable = min(len(self._ids), self._exact_length) if unbatched else len(self._ids)
         start = min(reusable, len(tokens) - 1)
         while not tokens[start].starts_decision:
             start -= 1
         self._cut(start)
         later = range(start + 1, len(tokens))
         for end in [*(index for index in later if tokens[index].starts_decision), len(tokens)]:
-            signals = self._context.feed(transcript.ids[start:end], unbatched=exactly)
+            signals = self._context.feed(transcript.ids[start:end], unbatched=unbatched)
             if self._exact_length == start and not self._context.was_batched:
                 self._exact_length = end
             start = end

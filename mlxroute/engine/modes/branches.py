@@ -62,13 +62,14 @@ class Branch:
         batch_row: Its row in the small model's batch; None if the KV cache holds no beginning of
             it.
         signals: Those of the position after its last step; None until it is decoded.
-        decode_unbatched: Whether it must be decoded again without a batch.
+        unbatched: Whether its next decoding takes one row alone, and computes again what a batch
+            computed.
     """
 
     steps: list[Step]
     batch_row: int | None
     signals: Signals | None = None
-    decode_unbatched: bool = False
+    unbatched: bool = False
 
     @property
     def probability(self) -> float:
