@@ -19,6 +19,11 @@ class ReplyToken:
     text: str | None = None
     logprob: float | None = None
 
+    @property
+    def named_bytes(self) -> bytes:
+        """The token's bytes: `data` or, where the reply has none, those of `text`."""
+        return (self.text or "").encode() if self.data is None else self.data
+
 
 @dataclass(frozen=True, slots=True)
 class ReplyPosition:

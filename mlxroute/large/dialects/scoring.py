@@ -92,7 +92,7 @@ class EchoedText(ScoringMethod):
         if self._by_id:
             begin, end = _range_of_ids(names, prompt.ids, whole.ids)
         else:
-            named = [_legacy_bytes(name) for name in names]
+            named = [named_token(name).named_bytes for name in names]
             begin, end = _range_of_text(named, prompt.text.encode(), whole.text.encode())
         positions = [
             ReplyPosition(ReplyToken(text=name, logprob=_text_logprob(value)))
@@ -158,11 +158,6 @@ def _range_of_ids(
     if list(names[: len(whole_ids)]) != [f"token_id:{token_id}" for token_id in whole_ids]:
         raise LargeProtocolError("the server did not echo the text")
     return len(prompt_ids), len(whole_ids)
-
-
-def _legacy_bytes(name: str) -> bytes:
-    token = named_token(name)
-    return (token.text or "").encode() if token.data is None else token.data
 
 
 def _range_of_text(names: Sequence[bytes], prompt: bytes, whole: bytes) -> tuple[int, int]:

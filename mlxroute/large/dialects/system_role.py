@@ -13,7 +13,7 @@ from mlxroute.large.prompt import Prompt
 from mlxroute.messages import fold_system
 
 _T = TypeVar("_T")
-_REFUSALS: Final = 2
+_MIN_REFUSALS: Final = 2
 
 
 # What templates and servers say about the role: "System role not supported".
@@ -46,7 +46,7 @@ class SystemRole:
         if self._is_refused:
             return send(folded)
         has_system = folded != prompt
-        for _ in range(_REFUSALS):
+        for _ in range(_MIN_REFUSALS):
             try:
                 reply = send(prompt)
             except LargeRefused as exc:

@@ -224,17 +224,16 @@ class Exchange(threading.Thread):
         return self._endpoint.address.url
 
     def _send(self) -> HttpReply:
-        endpoint = self._endpoint
-        body = self._body
+        endpoint, sent = self._endpoint, self._body
         endpoint.ledger.raise_if_failed()
         if not self._connections_before:
             self._check_proxy()
         left_s = max(self._deadline.left_s(), 0.001)
         with self._session.request(
-            "GET" if body is None else "POST",
+            "GET" if sent is None else "POST",
             self._url,
-            data=_Body(body, self._on_send) if body else None,
-            headers={"Content-Type": "application/json"} if body else None,
+            data=_Body(sent, self._on_send) if sent else None,
+            headers={"Content-Type": "application/json"} if sent else None,
             timeout=(min(endpoint.connect_timeout_s, left_s), left_s),
             allow_redirects=False,
             stream=True,
@@ -279,8 +278,7 @@ class Exchange(threading.Thread):
             if not self._deadline.left_s():
                 raise self.deadline_error()
             # Events end with a line.
-            is_news = self._listener is not None and b"\n" in chunk
-            if is_news and self._listener is not None and response.status_code == 200:
+            if self._listener and response.status_code == 200 and b"\n" in chunk:
                 self._was_used = self._listener(bytes(body)) or self._was_used
         return bytes(body)
 

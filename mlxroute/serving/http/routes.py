@@ -178,7 +178,11 @@ class _Reply:
             include_usage=fields.include_usage,
         )
         vocabulary = endpoint.session.small.vocabulary
-        self._logprobs = None if top_logprobs is None else LogprobForms(vocabulary, top_logprobs)
+        self._logprobs = (
+            None
+            if top_logprobs is None
+            else LogprobForms(vocabulary, top_logprobs, is_chat=is_chat)
+        )
         self._answers: list[ServedAnswer] = []
         self._scores: list[ScoredPrompt] = []
 
@@ -194,7 +198,6 @@ class _Reply:
             self._form,
             self._fields,
             logprobs=self._logprobs,
-            is_chat=self._is_chat,
             report=self._report,
             notify=self._endpoint.notify,
         )
@@ -317,13 +320,10 @@ class _Reply:
         prompt_text = answer.running.prompt.text if completion and completion.echo else ""
         logprobs = None
         if self._logprobs is not None:
-            if self._is_chat:
-                logprobs = self._logprobs.chat(tokens)
-            else:
-                logprobs = self._logprobs.completion(tokens, offset=len(prompt_text))
-        if self._scores and self._logprobs is not None and logprobs is not None:
-            before = self._logprobs.prompt(self._scores[number])
-            logprobs = {key: before[key] + values for key, values in logprobs.items()}
+            logprobs = self._logprobs.answer(tokens, offset=len(prompt_text))
+            if self._scores:
+                before = self._logprobs.prompt(self._scores[number])
+                logprobs = {key: before[key] + values for key, values in logprobs.items()}
         text = prompt_text + "".join(token.text for token in tokens)
         return self._form.choice(number, text, FINISH_REASONS[answer.stats.finish_reason], logprobs)
 

@@ -18,7 +18,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxroute.small.kernels.packed_row import HEADER_SIZE, TOP_K, top_count
+from mlxroute.small.kernels.packed_row import (
+    HEADER_SIZE,
+    LARGEST_FLOAT,
+    LOG2_E,
+    LOWEST_EXPONENT,
+    TOP_K,
+    top_count,
+)
 
 # Threads of a threadgroup: within every chip's limit for a kernel of this size.
 _THREADS = 256
@@ -35,9 +42,9 @@ static constant constexpr const uint GROUPS = THREADS / 32u;
 static constant constexpr const uint AT_ONCE = 4u;
 static constant constexpr const uint PART = {_PART_SIZE}u;
 static constant constexpr const uint NOBODY = 0xFFFFFFFFu;
-static constant constexpr const float LARGEST = 3.4028234663852886e38f;
-static constant constexpr const float LOG2_E = 1.4426950408889634f;
-static constant constexpr const float LOWEST = -125.0f;
+static constant constexpr const float LARGEST = {LARGEST_FLOAT}f;
+static constant constexpr const float LOG2_E = {LOG2_E}f;
+static constant constexpr const float LOWEST = {LOWEST_EXPONENT}f;
 """
 
 _FUNCTIONS = """

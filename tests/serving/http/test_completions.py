@@ -119,12 +119,14 @@ def test_logprobs_name_the_first_token_as_the_answer_shows_it() -> None:
         top_logprobs=(-0.1, -3.0, -4.0),
     )
     first = replace(scripted_answer.token("Hello"), token_id=ids[0], signals=view)
-    (entry,) = LogprobForms(vocabulary, 3).chat([first])["content"]
+    (entry,) = LogprobForms(vocabulary, 3, is_chat=True).answer([first])["content"]
     names = [item["token"] for item in entry["top_logprobs"]]
     assert (entry["token"], names) == ("Hello", ["Hello", "Hi", "Yes"])
     assert bytes(entry["bytes"]) == b"Hello"
     assert [bytes(item["bytes"]).decode() for item in entry["top_logprobs"]] == names
-    (entry,) = LogprobForms(vocabulary, 3).chat([replace(first, text=" Hello")])["content"]
+    (entry,) = LogprobForms(vocabulary, 3, is_chat=True).answer([replace(first, text=" Hello")])[
+        "content"
+    ]
     assert entry["token"] == entry["top_logprobs"][0]["token"] == " Hello"
 
 
@@ -289,7 +291,7 @@ def test_a_begin_token_that_the_text_lacks_has_no_length(
     name = next(iter(sorted(small.vocabulary.control_names)))
     endpoint = client.app.state.endpoint  # type: ignore[attr-defined]
     scored = replace(endpoint.scheduler.score(f"{name}def"), text="def")
-    logprobs = LogprobForms(small.vocabulary, 1).prompt(scored)
+    logprobs = LogprobForms(small.vocabulary, 1, is_chat=False).prompt(scored)
     assert logprobs["text_offset"][:2] == [0, 0]
 
 

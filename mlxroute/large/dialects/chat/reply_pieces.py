@@ -42,19 +42,13 @@ def read_pieces(choice: Mapping[str, object], text: str, *, ended: bool) -> list
     return words if ended else words[:-1]
 
 
-def piece_bytes(position: ReplyPosition) -> bytes:
-    """Return the bytes of a piece."""
-    token = position.token
-    return (token.text or "").encode() if token.data is None else token.data
-
-
 def drop_bytes(positions: Sequence[ReplyPosition], size: int) -> tuple[ReplyPosition, ...]:
     """Return the positions after the first `size` bytes.
 
     A token that goes beyond them is cut: what is left has no id and no alternatives.
     """
     for count, position in enumerate(positions):
-        data = piece_bytes(position)
+        data = position.token.named_bytes
         if size <= 0:
             return tuple(positions[count:])
         if len(data) > size:
@@ -66,13 +60,13 @@ def drop_bytes(positions: Sequence[ReplyPosition], size: int) -> tuple[ReplyPosi
 
 def take_bytes(positions: Sequence[ReplyPosition], size: int) -> tuple[ReplyPosition, ...]:
     """Return the positions that end within the first `size` bytes."""
-    ends = itertools.accumulate(len(piece_bytes(position)) for position in positions)
+    ends = itertools.accumulate(len(position.token.named_bytes) for position in positions)
     return tuple(positions[: sum(end <= size for end in ends)])
 
 
 def _with_text(positions: Sequence[ReplyPosition]) -> list[ReplyPosition]:
     """Return the positions without those of no text: some servers list the end of the answer."""
-    return [position for position in positions if piece_bytes(position)]
+    return [position for position in positions if position.token.named_bytes]
 
 
 def _likeliest(positions: Sequence[ReplyPosition]) -> list[ReplyPosition]:
@@ -101,7 +95,8 @@ def _likeliest(positions: Sequence[ReplyPosition]) -> list[ReplyPosition]:
 def _spelled(tokens: Sequence[ReplyPosition]) -> str | None:
     """Return the text of tokens, without a character that the last one begins; None if invalid."""
     try:
-        return codecs.getincrementaldecoder("utf-8")().decode(b"".join(map(piece_bytes, tokens)))
+        data = b"".join(position.token.named_bytes for position in tokens)
+        return codecs.getincrementaldecoder("utf-8")().decode(data)
     except UnicodeDecodeError:
         return None
 

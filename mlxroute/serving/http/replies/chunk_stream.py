@@ -26,7 +26,6 @@ class ChunkStream:
         form: The forms of the chunks.
         fields: What the request says.
         logprobs: The form of logprobs; None without.
-        is_chat: Whether it is a chat completion.
         report: Returns the summary and the usage of the complete answer.
         notify: Receives a line about an answer that failed.
     """
@@ -38,7 +37,6 @@ class ChunkStream:
         fields: AnswerFields,
         *,
         logprobs: LogprobForms | None,
-        is_chat: bool,
         report: Any,
         notify: Notify,
     ) -> None:
@@ -46,7 +44,6 @@ class ChunkStream:
         self._form = form
         self._fields = fields
         self._logprobs = logprobs
-        self._is_chat = is_chat
         self._report = report
         self._notify = notify
         self._offset = 0
@@ -96,11 +93,8 @@ class ChunkStream:
     def _token_chunk(self, token: Token) -> dict[str, Any] | None:
         logprobs = None
         if self._logprobs is not None:
-            if self._is_chat:
-                logprobs = self._logprobs.chat([token])
-            else:
-                logprobs = self._logprobs.completion([token], offset=self._offset)
-                self._offset += len(token.text)
+            logprobs = self._logprobs.answer([token], offset=self._offset)
+            self._offset += len(token.text)
         elif not token.text:
             return None
         return self._form.text_chunk(token.text, logprobs)

@@ -26,19 +26,25 @@ class LogprobForms:
     Args:
         vocabulary: The small model's vocabulary.
         top: Number of alternatives of each token.
+        is_chat: Whether they are for a chat completion; otherwise for a text completion.
     """
 
-    def __init__(self, vocabulary: Vocabulary, top: int) -> None:
+    def __init__(self, vocabulary: Vocabulary, top: int, *, is_chat: bool) -> None:
         self._vocabulary = vocabulary
         self._top = top
+        self._is_chat = is_chat
 
-    def chat(self, tokens: Iterable[Token]) -> dict[str, Any]:
+    def answer(self, tokens: Iterable[Token], *, offset: int = 0) -> dict[str, Any]:
+        """Return the `logprobs` of a choice; the text of a text completion starts at `offset`."""
+        return self._chat(tokens) if self._is_chat else self._completion(tokens, offset)
+
+    def _chat(self, tokens: Iterable[Token]) -> dict[str, Any]:
         """Return the `logprobs` of a choice of a chat completion, without the end token."""
         ends = self._vocabulary.eos_ids
         content = [self._entry(token) for token in tokens if token.token_id not in ends]
         return {"content": content, "refusal": None}
 
-    def completion(self, tokens: Iterable[Token], *, offset: int = 0) -> dict[str, Any]:
+    def _completion(self, tokens: Iterable[Token], offset: int) -> dict[str, Any]:
         """Return the `logprobs` of a choice of a text completion, whose text starts at `offset`.
 
         The end token has an entry, because lm-eval drops the last entry as the one of the answer.
