@@ -95,8 +95,8 @@ def _unchecked_line(sides: Mapping[str, Any]) -> str:
 
 
 def _oracles_table(oracles: Mapping[str, Any]) -> Table:
-    """Return the table of upper bounds."""
-    table = make_table("upper bound", "budget", "right", "large tokens")
+    """Return the table of oracle routers."""
+    table = make_table("oracle", "budget", "right", "large tokens")
     for key, label in ORACLES.items():
         for point in oracles.get(key, ()):
             table.add_row(

@@ -16,6 +16,10 @@ NUMBER = re.compile(rf"(?:{AFTER_NO_WORD}[-+])?{_UNSIGNED}")
 MINUS = "−"
 """The minus sign of typeset text."""
 
+# A sign before an amount of money, and a dash that is a sign: -$5 and –5.
+_SIGN_OF_AMOUNT = re.compile(rf"({AFTER_NO_WORD}[-+])\\?[$€£](?=[\d.])")
+_DASH_AS_SIGN = re.compile(rf"{AFTER_NO_WORD}–(?=\\?[$€£]?\d)")
+
 _COMMAS_BEFORE_NUMBER = re.compile(r"^([-+]?),+(?=[\d.])")
 # Groups of three digits; before the last one also of two, as in 1,00,000.
 _WHOLE_NUMBER = re.compile(r"[-+]?(?:[1-9]\d{0,2}(?:,\d{2,3})*,\d{3}(?:\.\d+)?|[\d.]+)")
@@ -39,6 +43,9 @@ _LONE_NUMBER = re.compile(
     rf"[^\d\\^_{{}}]*?((?>[-+]?{_UNSIGNED}))(?!\s*(?:[\^_\\]|[-+*/×÷]\s*[\d.(\\{{]))"
 )
 
+# Another answer after a number, as in "10, 12".
+_OTHER_NUMBER = re.compile(rf"\s*(?:[,;]|or\b|and\b|to\b)?\s*[-+]?{_UNSIGNED}")
+
 # Exact enough to compare numbers of any length, and it raises nothing.
 _ARITHMETIC = Context(prec=30, Emin=MIN_EMIN, Emax=MAX_EMAX, traps=[])
 _TOLERANCE = Decimal("1e-9")
@@ -55,7 +62,7 @@ def is_number(text: str) -> bool:
 
 def parse_number(text: str) -> Decimal | None:
     """Return the last number in a text; None if it has none."""
-    numbers = NUMBER.findall(_LATEX_SEPARATOR.sub("", text.replace(MINUS, "-")))
+    numbers = NUMBER.findall(_LATEX_SEPARATOR.sub("", _plain_signs(text)))
     return _decimal(numbers[-1]) if numbers else None
 
 
@@ -91,11 +98,14 @@ def parse_boxed_number(content: str) -> Decimal | None:
     """Return the number in the content of a box; None if it has none or a formula.
 
     That is the number after the last relation, without separators of thousands and without what
-    comes after it, such as a unit.
+    comes after it, such as a unit. Several numbers, as in "10 or 12", are no answer.
     """
     for term in reversed(_RELATION.split(_plain(content))):
         if match := _LONE_NUMBER.match(_join_sign(term)):
-            return _decimal(match[1])
+            is_one = is_number(match[1].rstrip(",")) and not _OTHER_NUMBER.match(
+                match.string, match.end()
+            )
+            return _decimal(match[1]) if is_one else None
     return None
 
 
@@ -104,6 +114,12 @@ def is_close(first: Decimal, second: Decimal) -> bool:
     largest = max(first.copy_abs(), second.copy_abs())
     difference = _ARITHMETIC.subtract(first, second).copy_abs()
     return difference <= _ARITHMETIC.multiply(largest, _TOLERANCE)
+
+
+def _plain_signs(text: str) -> str:
+    """Return a text with the signs of its numbers directly before them."""
+    text = _DASH_AS_SIGN.sub("-", text.replace(MINUS, "-"))
+    return _SIGN_OF_AMOUNT.sub(r"\1", text)
 
 
 def _decimal(number: str) -> Decimal:
@@ -116,7 +132,7 @@ def _plain(content: str) -> str:
     if not _DIGIT.search(without_words):
         without_words = _WORDS.sub(r" \1 ", content)
     text = _NO_CONTENT.sub("", _LATEX_SEPARATOR.sub("", without_words))
-    text = _SPACE.sub(" ", text).replace(MINUS, "-")
+    text = _plain_signs(_SPACE.sub(" ", text))
     return _join_sign(_SPACED_GROUPS.sub(lambda match: "".join(match[0].split()), text))
 
 

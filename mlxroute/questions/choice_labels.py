@@ -12,6 +12,12 @@ _AFTER_ANSWER_IS = re.compile(r"answer\s+is\b(.*)", re.IGNORECASE | re.DOTALL)
 _LABEL_IN_BRACKETS = re.compile(r"\(\s*([A-Za-z]|\d+)\s*\)")
 _IS_WRONG = re.compile(r"[\s*_]*\bis\s+(?:incorrect|wrong|not)\b", re.IGNORECASE)
 
+# A label after it is rejected, up to the next part of the sentence: "not the bank (A)".
+_NOT = re.compile(
+    r"\b(?:not(?!\s+(?:only|just|necessarily))|nor|neither)\b(?:(?!\bbut\b)[^,.;:!?\n()])*\Z",
+    re.IGNORECASE,
+)
+
 _CONCLUSION = re.compile(
     r"answer(?:[\s*_]+is\b|[\s*_]*:)|\\boxed(?=\s*\{)",
     re.IGNORECASE,
@@ -36,6 +42,11 @@ _MARKUP = (
 _MARKUP_BEFORE_LABEL = re.compile(_MARKUP, re.IGNORECASE)
 # A label stands alone: not in C++, 3.5, 1/2 or B's. "a" and "I" before a word are English words.
 _LABEL = re.compile(r"([A-Za-z]|\d+)(?![^\W_]|[%°+#]|[.,:]\d|['’/&–-]\w)(?!(?<=[aiI])\s+[^\W\d_])")
+# A label that a sentence gives as its whole answer.
+_WHOLE_LABEL = re.compile(
+    r"([A-Za-z]|\d+)[*_`\"'”’)\]}>]*(?:[.,;:!](?!\d)|\s*(?:\n|$)|\s+(?:because|since|not|and\s+not)\b)",
+    re.IGNORECASE,
+)
 _LABEL_AT_START = re.compile(
     r"\A" + _MARKUP + r"([A-Za-z]|\d+)[*_`\"']*\s*(?:[):\]}]|\.(?!\d)|$)", re.IGNORECASE
 )
@@ -47,9 +58,21 @@ _ANY_LETTER = Question(
 
 
 def find_requested_label(question: Question, text: str) -> str | None:
-    """Return the label in the requested form: the first in brackets after "answer is"."""
+    """Return the label in the requested form: the first in brackets after "answer is".
+
+    A label after "not" does not count. Where another label stands directly after "answer is", the
+    text is not in the requested form.
+    """
     conclusion = _AFTER_ANSWER_IS.search(text)
-    return _label_in_brackets(question, conclusion[1]) if conclusion else None
+    if conclusion is None:
+        return None
+    after = conclusion[1]
+    matches = _LABEL_IN_BRACKETS.finditer(after)
+    label = _known_label(question, (m for m in matches if not _follows_not(question, m)))
+    markup = _MARKUP_BEFORE_LABEL.match(after)
+    stated = _WHOLE_LABEL.match(after, markup.end() if markup else 0)
+    is_other = _known_label(question, filter(None, [stated])) not in (None, label)
+    return None if is_other else label
 
 
 def find_label(question: Question, text: str) -> str | None:
@@ -92,13 +115,24 @@ def find_letter(text: str) -> str | None:
     )
 
 
-def _label_in_brackets(question: Question, text: str) -> str | None:
-    return _known_label(question, _LABEL_IN_BRACKETS.finditer(text))
-
-
 def _accepted_label(question: Question, matches: Iterable[re.Match[str]]) -> str | None:
     """Return the first label of the matches that the text does not call wrong."""
-    return _known_label(question, (m for m in matches if not _IS_WRONG.match(m.string, m.end())))
+    accepted = (
+        match
+        for match in matches
+        if not _IS_WRONG.match(match.string, match.end()) and not _follows_not(question, match)
+    )
+    return _known_label(question, accepted)
+
+
+def _follows_not(question: Question, match: re.Match[str]) -> bool:
+    """Return whether a text rejects a label, or the choice that stands directly before it."""
+    before = match.string[: match.start()].rstrip()
+    for label, choice in question.choices:
+        # The text of a choice may have a "not" of its own.
+        if choice and label.upper() == match[1].upper() and before.endswith(choice):
+            before = before.removesuffix(choice)
+    return _NOT.search(before) is not None
 
 
 def _correct_label(question: Question, text: str) -> str | None:

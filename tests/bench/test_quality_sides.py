@@ -17,7 +17,7 @@ from mlxroute.bench.quality.agreement import compare_agreement, token_f1
 from mlxroute.bench.quality.baselines import UNCALIBRATED, BaselineRouter, starts_sentence
 from mlxroute.bench.quality.comparisons import compare_sides, pair_with_best_baseline
 from mlxroute.bench.quality.graded_answers import QualityRow
-from mlxroute.bench.quality.side_figures import side_figures
+from mlxroute.bench.quality.side_figures import accuracy_figures, side_figures
 from mlxroute.bench.quality.sides import LARGE, SMALL, QualitySide, make_sides
 from mlxroute.bench.significance import difference_interval, mean_interval, ratio_interval
 from mlxroute.cli import main
@@ -196,6 +196,15 @@ def test_the_interval_of_a_ratio_holds_it_in_95_of_100_samples() -> None:
         assert interval is not None
         held += interval[0] <= 0.5 <= interval[1]
     assert 0.92 <= held / 400 <= 0.98
+
+
+def test_a_side_that_is_right_where_one_model_is_has_no_interval_of_the_gap() -> None:
+    small, large = [True] * 10 + [False] * 30, [True] * 30 + [False] * 10
+    routed = [True] * 20 + [False] * 20
+    for marks, share in ((small, 0.0), (large, 1.0)):
+        figures = accuracy_figures(marks, small, large)
+        assert (figures["gap_recovered"], figures["gap_interval"]) == (share, None)
+    assert accuracy_figures(routed, small, large)["gap_interval"] is not None
 
 
 def test_intervals_of_ratios_and_differences_have_known_values() -> None:

@@ -66,6 +66,10 @@ def test_a_number_in_running_text_includes_a_comma_after_it_but_none_before() ->
         ("f(2)-7", 7),
         ("3+4", 4),
         ("-.5", Decimal("-0.5")),
+        ("Her balance is -$5.", -5),
+        ("x = –5", -5),
+        ("5–10 days", 10),
+        ("30 - $5", 5),
     ],
 )
 def test_a_sign_does_not_follow_a_word_or_number(text: str, number: Decimal | int) -> None:
@@ -114,6 +118,7 @@ def test_the_braces_of_a_box_are_balanced(text: str, contents: list[str]) -> Non
         ("$-50$", "-50"),
         ("- 50", "-50"),
         ("−50", "-50"),
+        ("–50", "-50"),
         ("10\\%", "10"),
         ("x_1 = 5", "5"),
         ("x = - 5 \\text{ m}", "-5"),
@@ -140,9 +145,13 @@ def test_the_number_in_a_box_is_read(content: str, number: str) -> None:
         "1/2",
         "3 \\times 10",
         "3 + 4",
+        "10, 12",
+        "10 to 12",
+        "10 \\text{ or } 12",
+        "5,7",
     ],
 )
-def test_a_formula_in_a_box_is_not_read_as_one_of_its_numbers(content: str) -> None:
+def test_a_formula_or_list_in_a_box_is_not_read_as_one_of_its_numbers(content: str) -> None:
     assert parse_boxed_number(content) is None
     assert not is_boxed_number(content)
 

@@ -99,6 +99,32 @@ def test_a_label_that_is_called_correct_counts(text: str, label: str | None) -> 
     assert find_label(PLACES, text) == label
 
 
+@pytest.mark.parametrize(
+    ("text", "requested", "label"),
+    [
+        ("The answer is **B**. Option (A) is incorrect because banks are dry.", None, "B"),
+        ("The answer is B, not (A).", None, "B"),
+        ("The answer is river, not bank (A).", None, "B"),
+        ("The answer is not (A), it is (B).", "B", "B"),
+        ("The answer is neither (A) nor (C) but (B).", "B", "B"),
+        ("The answer is not obvious, so the river (B).", "B", "B"),
+        ("The answer is A type of river (B).", "B", "B"),
+        ("The answer is bank (B).", "B", "B"),
+        ("So not (A), (B).", None, "B"),
+    ],
+)
+def test_a_label_that_is_rejected_is_not_the_answer(
+    text: str, requested: str | None, label: str
+) -> None:
+    assert find_requested_label(PLACES, text) == requested
+    assert find_label(PLACES, text) == label
+
+
+def test_a_choice_may_have_a_not_of_its_own() -> None:
+    signs = _question("stop", "do not disturb")
+    assert find_requested_label(signs, "The answer is do not disturb (B).") == "B"
+
+
 def test_i_is_no_label_before_a_word() -> None:
     nine = _question(*(f"place{n}" for n in range(9)), labels="ABCDEFGHI")
     assert find_label(nine, "The answer is I think place2") == "C"

@@ -1,1 +1,1 @@
-"""`bench quality`: answers of all sides, their figures, comparisons and upper bounds."""
+"""`bench quality`: answers of all sides, their figures, comparisons and oracles."""

@@ -1,4 +1,4 @@
-"""Upper bounds of accuracy: routers that know the large model's answers, or the right ones."""
+"""Oracles: routers that know the large model's answers, or the right ones."""
 
 from __future__ import annotations
 

@@ -115,13 +115,14 @@ def _gap_recovered(
     """Return (own - small) / (large - small) and its interval.
 
     Both are None if the large model is not better than the small one, and the interval also if it
-    is not better for certain.
+    is not better for certain, or if the answers are right where those of one model alone are: the
+    normal approximation has no width then.
     """
     if sum(large) <= sum(small) or not small:
         return {"gap_recovered": None, "gap_interval": None}
     gains = [a - b for a, b in zip(own, small, strict=True)]
     gaps = [a - b for a, b in zip(large, small, strict=True)]
-    interval = ratio_interval(gains, gaps)
+    interval = None if own in (small, large) else ratio_interval(gains, gaps)
     return {
         "gap_recovered": round(sum(gains) / sum(gaps), 4),
         "gap_interval": [round(bound, 4) for bound in interval] if interval else None,

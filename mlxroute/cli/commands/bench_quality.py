@@ -99,7 +99,11 @@ def quality(
     chats: Annotated[int, typer.Option(help="Questions answered at a time.", min=1)] = 4,
     at_once: AtOnce = 4,
     oracles: Annotated[
-        bool, typer.Option("--oracles", help="Add upper bounds from oracle routers.")
+        bool,
+        typer.Option(
+            "--oracles",
+            help="Add oracles: routers that know the large model's answers, or the right ones.",
+        ),
     ] = False,
     plot: Plot = None,
     save: Save = False,
@@ -189,7 +193,7 @@ class _QualityRun:
         compare: Names of sides to compare; empty for the default pairs.
         chats: Number of questions that are answered at a time.
         at_once: Maximum number of calls in flight.
-        oracles: Whether to add upper bounds from oracle routers.
+        oracles: Whether to add oracle routers.
     """
 
     questions: list[Question]
