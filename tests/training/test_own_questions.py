@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 
 from mlxroute.cli import main
 from mlxroute.hosting.launcher import LocalServer
+from mlxroute.recorded.large_answers import LargeAnswer, write_large_answers
 from tests.support.tiny import make_tiny_model, teach_days
 
 
@@ -175,6 +177,27 @@ def test_a_small_model_is_adapted_to_a_users_questions(
     assert code == 0, messages
     assert "trained with 10 of these 10 questions" in messages
     assert measured["small"] == further["started_from"]
+
+
+def test_the_provenance_has_the_hash_of_the_data_that_were_read(
+    models: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, url = models
+    data = write_questions(tmp_path, "data.jsonl", range(10), answered=False)
+    before = hashlib.sha256(data.read_bytes()).hexdigest()
+
+    def change_data(*arguments: Any, **options: Any) -> list[LargeAnswer]:
+        write_questions(tmp_path, "data.jsonl", range(10, 20), answered=False)
+        return write_large_answers(*arguments, **options)
+
+    monkeypatch.setattr("mlxroute.recorded.large_answers.write_large_answers", change_data)
+    out = tmp_path / "adapter"
+    adapt = ["adapt", "--small", str(small), "--large", url, "--cache-dir", str(tmp_path / "cache")]
+    adapt += ["--data", str(data), "--out", str(out), "--tokens", "3", "--epochs", "1"]
+    assert main([*adapt, "--learning-rate", "5e-3"]) == 0
+    (file,) = json.loads((out / "provenance.json").read_text())["data"]
+    assert hashlib.sha256(data.read_bytes()).hexdigest() != before
+    assert file["sha256"] == before
 
 
 @pytest.mark.parametrize(

@@ -100,10 +100,11 @@ def adapt(
     out = output_folder(out)
     _check_options(settings, rank, learning_rate)
     sampled = sample_files(data, questions, at_least=MIN_TRAINING_QUESTIONS)
+    worked = read_examples(examples, shots, sampled)
     run = _AdaptRun(
-        data=data,
         questions=sampled,
-        examples=read_examples(examples, shots, sampled),
+        examples=worked,
+        data_report=_report_data(settings, data, sampled, worked),
         tokens=tokens,
         at_once=at_once,
         epochs=epochs,
@@ -139,7 +140,7 @@ def _adapt_in(
     from mlxroute.cli.large_setup import make_large, open_ledger
     from mlxroute.cli.terminal import print_note
 
-    if (interrupted := _find_interrupted(out, run.command, run.data_report(settings))) is not None:
+    if (interrupted := _find_interrupted(out, run.command, run.data_report)) is not None:
         print_note(err, f"resuming {interrupted.place}")
     with open_ledger(settings) as ledger, make_large(settings, address, ledger, err) as large:
         try:
@@ -214,6 +215,24 @@ def _find_interrupted(out: Path, command: str, data: dict[str, Any]) -> Interrup
     )
 
 
+def _report_data(
+    settings: Settings, files: list[Path], questions: list[Question], examples: list[Question]
+) -> dict[str, Any]:
+    """Return files, worked examples and questions, those of the adapter to start from too."""
+    from mlxroute.questions.question_files import hash_examples
+
+    names = {question.fingerprint for question in questions}
+    return {
+        # A pipe has no fingerprint.
+        "data": [
+            {"name": data_name(file), "sha256": hash_file(file) if file.is_file() else None}
+            for file in files
+        ],
+        "examples_sha256": hash_examples(examples),
+        "questions": sorted(names | trained_questions(settings)),
+    }
+
+
 def _hash_name(large: LargeModel) -> str:
     """Return the SHA-256 of the large model's name in records, which may be a path."""
     from mlxroute.recorded.recording_large import recorded_name
@@ -226,9 +245,9 @@ class _AdaptRun:
     """The options of one run.
 
     Args:
-        data: Files of the questions.
         questions: Questions that the large model answers.
         examples: Worked examples before each question.
+        data_report: What the provenance says of the data, as they were when they were read.
         tokens: Maximum length of an answer.
         at_once: Maximum number of calls in flight.
         epochs: Maximum number of times that each answer is trained on.
@@ -238,9 +257,9 @@ class _AdaptRun:
         command: The command line of this run.
     """
 
-    data: list[Path]
     questions: list[Question]
     examples: list[Question]
+    data_report: dict[str, Any]
     tokens: int
     at_once: int
     epochs: int
@@ -342,21 +361,6 @@ class _AdaptRun:
             skip_memory_check=settings.skip_memory_check,
         )
 
-    def data_report(self, settings: Settings) -> dict[str, Any]:
-        """Return files, worked examples and questions, those of the adapter to start from too."""
-        from mlxroute.questions.question_files import hash_examples
-
-        names = {question.fingerprint for question in self.questions}
-        return {
-            # A pipe has no fingerprint.
-            "data": [
-                {"name": data_name(file), "sha256": hash_file(file) if file.is_file() else None}
-                for file in self.data
-            ],
-            "examples_sha256": hash_examples(self.examples),
-            "questions": sorted(names | trained_questions(settings)),
-        }
-
     def _provenance(
         self, settings: Settings, small: SmallModel, large: LargeModel
     ) -> dict[str, Any]:
@@ -377,5 +381,5 @@ class _AdaptRun:
             "epochs": self.epochs,
             "rounds": self.rounds,
             "tokens": self.tokens,
-            **self.data_report(settings),
+            **self.data_report,
         }
