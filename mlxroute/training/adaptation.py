@@ -53,6 +53,7 @@ from mlxroute.training.tuning_examples import (
 )
 from mlxroute.training.tuning_types import (
     INTERRUPT,
+    MAX_EVERY_FIFTH,
     UNFINISHED,
     HeldOutFigures,
     TuningOptions,
@@ -62,7 +63,7 @@ from mlxroute.training.tuning_types import (
 from mlxroute.types import Progress, no_progress
 
 BATCH_SIZE: Final = 8
-_MAX_HELD_OUT: Final = 100
+_MAX_HELD_OUT: Final = MAX_EVERY_FIFTH // HELD_OUT_STRIDE
 _JUDGED_PER_EPOCH: Final = 2
 
 
@@ -87,8 +88,7 @@ def split_answers(
             " give more"
         )
     new = [item for item in items if item.question.fingerprint not in known]
-    candidates = new if len(new) >= MIN_ANSWERS else items
-    held_out = candidates[::HELD_OUT_STRIDE][:_MAX_HELD_OUT]
+    held_out = _hold_out(new if len(new) >= MIN_ANSWERS else items)
     names = {item.question.fingerprint for item in held_out}
     others = [item for item in items if item.question.fingerprint not in names]
     trained = [item for item in others if not _is_wrong(small, item)]
@@ -103,6 +103,13 @@ def split_answers(
             f" at least {needed} are needed, so {advice}"
         )
     return trained, held_out
+
+
+def _hold_out(items: Sequence[WorkedAnswer]) -> list[WorkedAnswer]:
+    """Return one item in five, or the highest number of them, spread evenly over all."""
+    if len(items) <= MAX_EVERY_FIFTH:
+        return list(items[::HELD_OUT_STRIDE])
+    return [items[number * len(items) // _MAX_HELD_OUT] for number in range(_MAX_HELD_OUT)]
 
 
 def _is_wrong(small: SmallModel, item: WorkedAnswer) -> bool:

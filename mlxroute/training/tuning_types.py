@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 INTERRUPT: Final = "interrupt"
 UNFINISHED: Final = (INTERRUPT, "unfinished")
+MAX_EVERY_FIFTH: Final = 500
+"""Of more questions than these, as many are held out as of these."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -245,6 +245,28 @@ def test_one_answer_in_five_is_held_out_and_repeated_prompts_are_used_once(
         split_answers(small, [*answers[:9], *answers[:9]])
 
 
+@pytest.mark.parametrize(
+    ("counts", "held_out_of_files"),
+    [
+        ((300, 200), [60, 40]),
+        ((250, 251), [50, 50]),
+        ((500, 500), [50, 50]),
+        ((900, 100), [90, 10]),
+    ],
+)
+def test_held_out_questions_are_of_all_files(
+    counts: tuple[int, int], held_out_of_files: list[int], small: SmallModel
+) -> None:
+    answers = worked_answers(small, sum(counts))
+    trained, held_out = split_answers(small, answers)
+    assert (len(held_out), len(trained)) == (100, sum(counts) - 100)
+    first = {item.question.fingerprint for item in answers[: counts[0]]}
+    in_first = sum(item.question.fingerprint in first for item in held_out)
+    assert [in_first, len(held_out) - in_first] == held_out_of_files
+    if sum(counts) <= 500:
+        assert held_out == answers[::5]
+
+
 def test_questions_of_an_earlier_training_are_not_held_out_if_enough_are_new(
     small: SmallModel,
 ) -> None:

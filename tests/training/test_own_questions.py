@@ -200,6 +200,36 @@ def test_the_provenance_has_the_hash_of_the_data_that_were_read(
     assert file["sha256"] == before
 
 
+@pytest.mark.parametrize("count", [500, 501])
+def test_a_run_that_held_out_other_questions_is_not_continued(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs: list[Any] = []
+
+    def interrupt(run: object, *_: object) -> None:
+        runs.append(run)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlxroute.cli.commands.adapt._AdaptRun.adapt", interrupt)
+    data = write_questions(tmp_path, "questions.jsonl", range(count), answered=False)
+    out = tmp_path / "out"
+    adapt = ["adapt", "--data", str(data), "--questions", "501", "--out", str(out)]
+    adapt += ["--large", "http://127.0.0.1:9/v1"]
+    assert main(adapt) == 130
+    figures = {"round": 0, "epoch": 0.5, "loss": 1.0, "accuracy": 0.5}
+    training = {"figures": [figures], "kept": figures, "corrections": [], "ended_by": "unfinished"}
+    report = {"command": runs[0].command, **runs[0].data_report, **training}
+    out.mkdir()
+    (out / "provenance.json").write_text(json.dumps(report))
+    assert main(adapt) == 130
+    # An earlier version held out the first questions if there were more than 500.
+    report.pop("held_out_from", None)
+    (out / "provenance.json").write_text(json.dumps(report))
+    capsys.readouterr()
+    assert main(adapt) == (130 if count == 500 else 2)
+    assert ("or an earlier version began it" in capsys.readouterr().err) == (count > 500)
+
+
 @pytest.mark.parametrize(
     ("options", "examples", "form"),
     [

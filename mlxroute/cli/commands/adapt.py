@@ -220,9 +220,13 @@ def _report_data(
 ) -> dict[str, Any]:
     """Return files, worked examples and questions, those of the adapter to start from too."""
     from mlxroute.questions.question_files import hash_examples
+    from mlxroute.training.tuning_types import MAX_EVERY_FIFTH
 
     names = {question.fingerprint for question in questions}
+    # Earlier versions held out the first ones: such a run must not go on with others.
+    spread = {"held_out_from": "all questions"} if len(questions) > MAX_EVERY_FIFTH else {}
     return {
+        **spread,
         # A pipe has no fingerprint.
         "data": [
             {"name": data_name(file), "sha256": hash_file(file) if file.is_file() else None}
