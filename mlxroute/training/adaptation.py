@@ -14,7 +14,7 @@ import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -298,7 +298,8 @@ class _Training:
         state.ended_by = ""
         begin = 0
         if state.best is not None and state.best.round == number:
-            begin = accumulate * round(state.best.epoch * batches / accumulate)
+            updates = state.best.updates or round(state.best.epoch * batches / accumulate)
+            begin = accumulate * updates
         else:
             state.figures.append(self._judge(number, 0.0, data.held_out))
         stream = shuffled_batches(data.trained, skip=begin)
@@ -314,6 +315,7 @@ class _Training:
                 on_step=lambda: self._progress(label, next(counter), total),
             )
             figures = self._judge(number, end / batches, data.held_out)
+            figures = replace(figures, updates=end // accumulate)
             begin = end
             is_best = state.is_best(figures)
             state.ended_by = state.end_reason(figures)

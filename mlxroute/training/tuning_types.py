@@ -40,12 +40,15 @@ class HeldOutFigures:
         loss: Mean cross-entropy with the large model's choices, in nats a token; each round has
             other held-out tokens.
         accuracy: Share of the questions that the small model answers right.
+        updates: Number of updates in the round, which `epoch` gives rounded. 0 (default) before the
+            first, and where an earlier version did not write it.
     """
 
     round: int
     epoch: float
     loss: float
     accuracy: float
+    updates: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,11 @@ class InterruptedRun:
 
 def _read_figures(item: Mapping[str, Any]) -> HeldOutFigures:
     return HeldOutFigures(
-        int(item["round"]), float(item["epoch"]), float(item["loss"]), float(item["accuracy"])
+        int(item["round"]),
+        float(item["epoch"]),
+        float(item["loss"]),
+        float(item["accuracy"]),
+        int(item.get("updates", 0)),
     )
 
 

@@ -518,6 +518,49 @@ def test_an_interrupted_training_goes_on_from_the_kept_weights(
     assert InterruptedRun.from_report(report) is None
 
 
+@pytest.mark.parametrize("is_earlier", [False, True])
+def test_no_batch_of_many_is_skipped_or_repeated_after_an_interrupt(
+    is_earlier: bool, small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(
+        self: object, stream: object, *, steps: int, on_step: Callable[[], None], **_: object
+    ) -> None:
+        for _step in range(steps):
+            on_step()
+
+    def interrupt(done: int) -> None:
+        if done == 241:
+            raise KeyboardInterrupt
+
+    losses = itertools.count(10, -1)
+    monkeypatch.setattr(adaptation, "BATCH_SIZE", 1)
+    monkeypatch.setattr(adaptation, "measure_accuracy", lambda *_, **__: 0.5)
+    monkeypatch.setattr(LoraTuning, "mean_loss", lambda *_: float(next(losses)))
+    monkeypatch.setattr(LoraTuning, "train", train)
+    # An epoch has 239 batches, so the 240th ends epoch 1.004.
+    answers = worked_answers(small, 299)
+    folder = tmp_path / "a"
+    first = adapt(small, folder, answers=answers, epochs=2, on_step=interrupt)
+    assert first.best is not None
+    assert (first.best.epoch, first.best.updates) == (1.0, 240)
+    report = json.loads((folder / "provenance.json").read_text())
+    if is_earlier:
+        for figures in (*report["figures"], report["kept"]):
+            del figures["updates"]
+    begin = 239 if is_earlier else 240
+    steps: list[int] = []
+    adapt(
+        small,
+        folder,
+        answers=answers,
+        epochs=2,
+        start=folder,
+        interrupted=InterruptedRun.from_report(report),
+        on_step=steps.append,
+    )
+    assert steps == list(range(begin, 479))
+
+
 def test_an_interrupted_round_goes_on_with_the_next(
     path: Path, small: SmallModel, tmp_path: Path
 ) -> None:
