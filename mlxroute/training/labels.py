@@ -123,15 +123,21 @@ def collect_labels(  # noqa: PLR0913 - all of these are settings of one run
         folder / f"{_file_key(small, large, conversation, max_tokens)}.safetensors"
         for conversation in conversations
     ]
+    # Kept in memory: another run may replace the files by labels without continuations.
+    labels: dict[Path, LabelledAnswer] = {}
+    for file in files:
+        saved = _read_saved(file, with_continuations=with_continuations)
+        if saved is not None:
+            labels[file] = saved
     missing = [
         (conversation, file)
         for conversation, file in zip(conversations, files, strict=True)
-        if not _is_saved(file, with_continuations=with_continuations)
+        if file not in labels
     ]
     for _ in range(len(questions) - len(missing)):
         progress("questions", next(done), len(questions))
     for group in chunks(missing, _ANSWERS_PER_SLOT * at_once):
-        _label_files(
+        labels |= _label_files(
             small,
             large,
             group,
@@ -140,7 +146,7 @@ def collect_labels(  # noqa: PLR0913 - all of these are settings of one run
             with_continuations=with_continuations,
             on_answer=lambda: progress("questions", next(done), len(questions)),
         )
-    return [_read(file) for file in files]
+    return [labels[file] for file in files]
 
 
 def _label_files(
@@ -152,8 +158,11 @@ def _label_files(
     at_once: int,
     with_continuations: bool,
     on_answer: Callable[[], None],
-) -> None:
-    """Label the answers to conversations; save each in the file that is paired with it."""
+) -> dict[Path, LabelledAnswer]:
+    """Return labels of the answers to conversations; save them in the file paired with each.
+
+    A file that has continuations meanwhile, from another run, is kept if the labels have none.
+    """
     conversations = [conversation for conversation, _ in group]
     answers = write_large_answers(
         small,
@@ -163,11 +172,15 @@ def _label_files(
         at_once=at_once,
         on_answer=on_answer,
     )
+    made: dict[Path, LabelledAnswer] = {}
     labels = _label(
         small, conversations, answers, max_tokens, with_continuations=with_continuations
     )
     for (_, file), labelled in zip(group, labels, strict=True):
-        _write(labelled, file)
+        if with_continuations or _read_saved(file, with_continuations=True) is None:
+            _write(labelled, file)
+        made[file] = labelled
+    return made
 
 
 def _file_key(
@@ -334,14 +347,16 @@ def write_label_file(
     write_tensors(file, arrays, {_METADATA_KEY: json.dumps(metadata)}, is_private=True)
 
 
-def _is_saved(file: Path, *, with_continuations: bool) -> bool:
-    """Return whether the file exists, with a continuation of every disagreement if required."""
+def _read_saved(file: Path, *, with_continuations: bool) -> LabelledAnswer | None:
+    """Read a file; None if it does not exist, or lacks continuations that are required.
+
+    Raises UsageError if it is damaged.
+    """
     if not file.exists():
-        return False
-    if not with_continuations:
-        return True
+        return None
     answer = _read(file)
-    return len(answer.continuations) == sum(to_list(answer.differs))
+    is_complete = len(answer.continuations) == sum(to_list(answer.differs))
+    return answer if is_complete or not with_continuations else None
 
 
 def _read(file: Path) -> LabelledAnswer:

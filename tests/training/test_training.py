@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import psutil
@@ -18,10 +18,12 @@ from mlxroute.cli import main
 from mlxroute.engine import generate
 from mlxroute.errors import LargeError, LargeRefused, UsageError, WeightsError
 from mlxroute.questions.question_files import AnswerKind, Question
+from mlxroute.recorded.large_answers import LargeAnswer, write_large_answers
 from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.routers import make_router
 from mlxroute.serving.concurrent_answers import ConcurrentAnswers, SharedSmallClient
 from mlxroute.small import SmallModel
+from mlxroute.training import labels
 from mlxroute.training.head_fitting import FittedHead, _deferral_loss, fit_head, recall
 from mlxroute.training.head_shapes import Positions, fit_linear
 from mlxroute.training.labels import LabelledAnswer, collect_labels, to_list
@@ -267,6 +269,48 @@ def test_saved_labels_are_not_made_again_and_survive_a_failure(
     again = labelled(small, failing, tmp_path, questions=questions)
     assert failing.contexts == []
     assert all(mx.array_equal(a.hidden, b.hidden) for a, b in zip(whole, again, strict=True))
+
+
+def test_a_run_without_continuations_keeps_those_of_another_run(
+    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: dict[Path, bytes] = {}
+
+    def answer_after_other_run(*arguments: Any, **options: Any) -> list[LargeAnswer]:
+        monkeypatch.setattr(labels, "write_large_answers", write_large_answers)
+        # The other run has its own replies, but the same labels.
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "labels").symlink_to(tmp_path / "labels")
+        labelled(small, ScriptedLarge([(70,)]), tmp_path / "other", questions=_QUESTIONS)
+        saved.update({file: file.read_bytes() for file in (tmp_path / "labels").iterdir()})
+        return write_large_answers(*arguments, **options)
+
+    monkeypatch.setattr(labels, "write_large_answers", answer_after_other_run)
+    large = ScriptedLarge([(70,)])
+    plain = labelled(small, large, tmp_path, questions=_QUESTIONS, with_continuations=False)
+    assert len(plain) == len(saved) == len(_QUESTIONS)
+    assert {file: file.read_bytes() for file in saved} == saved
+
+
+def test_a_run_has_its_continuations_also_if_another_replaces_the_files(
+    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    def answer_after_replacement(*arguments: Any, **options: Any) -> list[LargeAnswer]:
+        # As earlier versions did.
+        for file in (tmp_path / "labels").iterdir():
+            labels._write(replace(labels._read(file), continuations=()), file)
+        return write_large_answers(*arguments, **options)
+
+    monkeypatch.setattr(labels, "write_large_answers", answer_after_replacement)
+    questions = [Question(str(i), f"say {i}") for i in range(6)]
+    answers = labelled(small, ScriptedLarge([(70,)]), tmp_path, questions=questions)
+    for answer, question in zip(answers, questions, strict=True):
+        assert len(answer.continuations) == sum(to_list(answer.differs)) > 0
+        assert len(answer.make_targets(question, LabelKind.CONSEQUENCE)) == 6
+    # What lacks continuations in the files is labelled again.
+    again = labelled(small, ScriptedLarge([(70,)]), tmp_path, questions=questions)
+    assert [item.continuations for item in again] == [item.continuations for item in answers]
 
 
 _SAVED_NAME = "dde5336d127a5eec36d8463769028363c9ec92c37c98fa019861eda7d208070d.safetensors"
