@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxroute.cli.quality_tables import MAX_CUT_OFF_SHARE
+from mlxroute.cli.model_pair import warn_of_cut_off
 from mlxroute.cli.terminal import WARNING_STYLE, make_table, print_note, print_table
 from mlxroute.view.figures import format_count
 
@@ -25,15 +25,12 @@ def warn_of_answers(
 
     `tokens` is the longest length of an answer.
     """
-    ends = vocabulary.eos_ids
-    cut_off = sum(not ends & set(item.answer.token_ids[-1:]) for item in answers)
-    if cut_off > MAX_CUT_OFF_SHARE * len(answers):
-        print_note(
-            err,
-            f"warning: {cut_off} of {len(answers)} answers of the large model were cut off at"
-            f" {tokens} tokens, from which the small one does not learn to end; raise --tokens",
-            style=WARNING_STYLE,
-        )
+    warn_of_cut_off(
+        [not item.answer.is_whole(vocabulary.eos_ids) for item in answers],
+        tokens,
+        "from which the small one does not learn to end",
+        err,
+    )
     choices = [named for item in answers for named in item.answer.choices]
     missing = sum(not named for named in choices)
     if missing > len(choices) / 2:
@@ -85,7 +82,7 @@ def print_figures(outcome: TuningOutcome, out: Path, err: Console) -> None:
         print_note(
             err,
             f"the accuracy leaves out {format_count(report['unjudged'], 'held-out question')}, to"
-            " which the large model's text gives no answer",
+            " which the large model's text gives no final answer",
         )
     if report["read_at_once"] < BATCH_SIZE:
         text = f"little memory was free, so a batch was read {report['read_at_once']} at a time"

@@ -85,3 +85,20 @@ def note_recorded(
             f"{count} of {len(conversations)} answers were recorded before. If the large model"
             f" changed under the same name, delete {recording.replies.path}{others}",
         )
+
+
+def warn_of_cut_off(is_cut_off: Sequence[bool], tokens: int, effect: str, err: Console) -> None:
+    """Print a warning if more than 5 % of the large model's answers are cut off at `tokens`.
+
+    `effect` says what follows from that, as the end of a clause about them.
+    """
+    from mlxroute.cli.quality_tables import MAX_CUT_OFF_SHARE
+    from mlxroute.cli.terminal import WARNING_STYLE, print_note
+
+    if sum(is_cut_off) > MAX_CUT_OFF_SHARE * len(is_cut_off):
+        print_note(
+            err,
+            f"warning: {sum(is_cut_off)} of {len(is_cut_off)} answers of the large model were cut"
+            f" off at {tokens} tokens, {effect}; raise --tokens",
+            style=WARNING_STYLE,
+        )

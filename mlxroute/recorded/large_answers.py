@@ -36,6 +36,10 @@ class LargeAnswer:
     logprobs: tuple[float, ...]
     choices: tuple[Choices, ...]
 
+    def is_whole(self, eos_ids: frozenset[int]) -> bool:
+        """Return whether it ends with an end token, so that it was not cut off."""
+        return not eos_ids.isdisjoint(self.token_ids[-1:])
+
 
 def write_large_answers(
     small: SmallProtocol,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mlxroute.errors import UsageError
-from mlxroute.questions.grading import extract_answer, grade
-from mlxroute.questions.question_files import Question, question_messages
-from mlxroute.recorded.large_answers import write_large_answers
+from mlxroute.questions.grading import extract_answer, grade, is_outcome_known
+from mlxroute.questions.question_files import AnswerKind, Question, question_messages
+from mlxroute.recorded.large_answers import LargeAnswer, write_large_answers
 from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.small import SmallModel
 from mlxroute.training.labels import decode_answer
@@ -56,11 +56,13 @@ def judge_questions(
     examples: Sequence[Question],
     max_tokens: int,
     at_once: int,
+    on_answers: Callable[[Sequence[LargeAnswer]], None] = lambda answers: None,
 ) -> list[JudgedQuestion]:
     """Return the questions with what is right; the large model answers those without an answer.
 
-    Those to which its text gives no answer either are left out. `examples` are worked examples that
-    precede each question. Raises LargeError if the large model fails.
+    Those to which its text gives no final answer either are left out. `examples` are worked
+    examples that precede each question. `on_answers`, which does nothing by default, is called with
+    the large model's answers. Raises LargeError if the large model fails.
     """
     judged = {
         number: JudgedQuestion(question, question_messages(question, examples))
@@ -75,9 +77,10 @@ def judge_questions(
         at_once=at_once,
         on_answer=lambda: None,
     )
+    on_answers(answers)
     for number, answer in zip(open_numbers, answers, strict=True):
         item = judged[number]
-        outcome = extract_answer(item.question, decode_answer(small, answer.token_ids))
+        outcome = _find_outcome(small, item.question, answer)
         judged[number] = JudgedQuestion(item.question, item.conversation, outcome)
     return [item for item in judged.values() if item.is_known]
 
@@ -87,20 +90,32 @@ def judge_answers(
 ) -> list[JudgedQuestion]:
     """Return the questions of answers with what is right: by their rows, or the answers' outcomes.
 
-    Those without an outcome are left out. Raises UsageError if there are no others.
+    Those without a final outcome are left out. Raises UsageError if there are no others.
     """
     if by_rows:
         return [JudgedQuestion(item.question, item.conversation) for item in answers]
-    texts = [decode_answer(small, item.answer.token_ids) for item in answers]
     judged = [
-        JudgedQuestion(item.question, item.conversation, extract_answer(item.question, text))
-        for item, text in zip(answers, texts, strict=True)
+        JudgedQuestion(
+            item.question, item.conversation, _find_outcome(small, item.question, item.answer)
+        )
+        for item in answers
     ]
     known = [item for item in judged if item.is_known]
     if not known:
         raise UsageError(
-            f"the large model's texts give no answer to the {len(answers)} held-out questions, so"
-            " the small model cannot be judged; give right answers, or let answers be longer",
+            f"the large model's texts give no final answer to the {len(answers)} held-out"
+            " questions, so the small model cannot be judged; give right answers, or let answers be"
+            " longer",
             parameter="tokens",
         )
     return known
+
+
+def _find_outcome(small: SmallModel, question: Question, answer: LargeAnswer) -> str:
+    """Return the outcome of the large model's answer; empty if it has none that is final."""
+    text = decode_answer(small, answer.token_ids)
+    outcome = extract_answer(question, text)
+    # Words are compared as a whole, and the small model's answer is cut off at the same length.
+    if question.kind is AnswerKind.TEXT or answer.is_whole(small.vocabulary.eos_ids):
+        return outcome
+    return outcome if is_outcome_known(question, text) else ""

@@ -29,6 +29,7 @@ from mlxroute.replace_file import replace_file
 from mlxroute.small import SmallModel
 from mlxroute.training import adaptation
 from mlxroute.training.adaptation import adapt_to_answers, make_examples, split_answers
+from mlxroute.training.judged_questions import judge_answers
 from mlxroute.training.lora_tuning import LoraShape, LoraTuning, can_share_prefix
 from mlxroute.training.on_policy import Corrector
 from mlxroute.training.own_answers import write_answers
@@ -745,8 +746,32 @@ def test_questions_without_an_outcome_of_the_large_model_are_not_judged(
     assert outcome.report["unjudged"] == 1
     # Its own text has none either, and is not right for that.
     assert outcome.figures[0].accuracy == 0
-    with pytest.raises(UsageError, match="give no answer to the 3 held-out questions"):
+    with pytest.raises(UsageError, match="give no final answer to the 3 held-out questions"):
         adapt(small, tmp_path / "b", answers=list(map(ask_for_number, answers)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "is_whole", "reference"),
+    [
+        (AnswerKind.NUMBER, "In May she sold 48/2 = 24", False, None),
+        (AnswerKind.NUMBER, "In May she sold 48/2 = 24", True, "24"),
+        (AnswerKind.NUMBER, "In all \\boxed{72}. Check: 48", False, "72"),
+        # The small model's own text is cut off at the same length.
+        (AnswerKind.TEXT, "the lazy", False, "the lazy"),
+    ],
+)
+def test_an_outcome_that_the_rest_of_an_answer_could_change_judges_nothing(
+    kind: AnswerKind, text: str, is_whole: bool, reference: str | None, small: SmallModel
+) -> None:
+    (plain,) = worked_answers(small, 1, gold=False)
+    token_ids = small.vocabulary.encode(text)
+    if is_whole:
+        token_ids = (*token_ids, small.vocabulary.end_id)
+    answer = LargeAnswer(token_ids, tuple(range(len(token_ids))), (), ())
+    item = replace(plain, question=replace(plain.question, kind=kind), answer=answer)
+    judged = judge_answers(small, [item, plain], by_rows=False)
+    references = [question.reference for question in judged]
+    assert references == [*([] if reference is None else [reference]), "the lazy dog"]
 
 
 # On-policy rounds

@@ -23,6 +23,7 @@ from mlxroute.cli.worked_examples import warn_of_trained_questions
 from mlxroute.config import Settings
 from mlxroute.errors import LargeError, LargeRefused, UsageError
 from mlxroute.questions.question_files import AnswerKind, Question, question_messages
+from mlxroute.recorded.large_answers import LargeAnswer
 from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.small import SmallModel
 from mlxroute.training.advantage.advantage_fitting import AdvantageTraining, make_pairs
@@ -37,7 +38,7 @@ from mlxroute.training.advantage.shrinkage import RightCounts, shrink_advantages
 from mlxroute.training.head_fitting import FittedHead
 from mlxroute.training.judged_questions import JudgedQuestion, judge_questions
 from mlxroute.training.labels import decode_answer
-from mlxroute.types import no_progress
+from mlxroute.types import LargeToken, no_progress
 from tests.support.scripted_models import ScriptedLarge
 from tests.support.tiny import make_tiny_model
 
@@ -216,8 +217,10 @@ def test_rows_without_an_answer_are_judged_by_the_large_models_outcome(
         Question("a", "say a", AnswerKind.NUMBER, None),
         Question("b", "say b", AnswerKind.NUMBER, "8"),
     ]
-    with RecordingLarge(ScriptedLarge([(_SEVEN,)]), tmp_path / "r.jsonl") as recording:
-        items = judge_questions(small, recording, questions, examples=[], max_tokens=2, at_once=1)
+    end = LargeToken((small.vocabulary.end_id,), "", True, -0.5, (), None, None, None, 100, 0.1)
+    large = ScriptedLarge([(_SEVEN,), (_SEVEN,), end])
+    with RecordingLarge(large, tmp_path / "r.jsonl") as recording:
+        items = judge_questions(small, recording, questions, examples=[], max_tokens=3, at_once=1)
     assert [item.reference for item in items] == ["77", "8"]
     assert [item.is_right("It is 77") for item in items] == [True, False]
     assert [item.is_right("8") for item in items] == [False, True]
@@ -235,6 +238,28 @@ def test_questions_to_which_the_large_model_gives_no_answer_are_left_out(
     assert [item.question.name for item in items] == ["3"]
     with pytest.raises(UsageError, match="10 answers that can be judged, not 1"):
         trained(small, tmp_path, 10, answers=("8", *[None] * 9), large=large)
+
+
+def test_a_number_at_which_the_large_models_answer_was_cut_off_is_not_right(
+    small: SmallModel, tmp_path: Path
+) -> None:
+    questions = [
+        Question("a", "say a", AnswerKind.NUMBER, None),
+        Question("b", "say b", AnswerKind.NUMBER, "8"),
+    ]
+    answers: list[LargeAnswer] = []
+    with RecordingLarge(ScriptedLarge([(_SEVEN,)]), tmp_path / "r.jsonl") as recording:
+        items = judge_questions(
+            small,
+            recording,
+            questions,
+            examples=[],
+            max_tokens=2,
+            at_once=1,
+            on_answers=answers.extend,
+        )
+    assert [item.reference for item in items] == ["8"]
+    assert [answer.token_ids for answer in answers] == [(_SEVEN, _SEVEN)]
 
 
 def test_labels_of_a_model_whose_files_changed_are_made_again(

@@ -315,6 +315,7 @@ def test_a_head_is_fitted_to_advantages_and_the_run_repeats(
     better = report["routed"]["head"]["accuracy"] > report["routed"]["entropy"]["accuracy"]
     assert ("stay with --router entropy" in messages) == (not better)
     assert f"use it with --head {head} --budget 20%" in messages
+    assert "15 of 15 answers of the large model were cut off at 3 tokens, so what is" in messages
     files = sorted((tmp_path / "labels").iterdir())
     assert len(files) == 12
     again, messages = run("--out", str(head))

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import psutil
 import pytest
+from rich.console import Console
 
 from mlxroute.backend.load import load
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.cli import main
+from mlxroute.cli.commands import train
+from mlxroute.config import Settings
 from mlxroute.engine import generate
 from mlxroute.errors import LargeError, LargeRefused, UsageError, WeightsError
 from mlxroute.questions.question_files import AnswerKind, Question
@@ -30,6 +35,9 @@ from mlxroute.training.labels import LabelledAnswer, collect_labels, to_list
 from mlxroute.types import LabelKind, LargeToken
 from tests.support.scripted_models import ScriptedLarge, ScriptedReply, ScriptedWholeAnswer
 from tests.support.tiny import final_hidden_state, make_tiny_model
+
+if TYPE_CHECKING:
+    from mlxroute.large import LargeModel
 
 _HIDDEN = 64
 _QUESTIONS = [Question(str(i), f"say {i}") for i in range(3)]
@@ -585,6 +593,33 @@ def test_train_warns_of_questions_that_the_adapter_was_trained_with(
     # The adapter has no weights, so nothing is trained.
     assert main([*train, "--large", "http://127.0.0.1:9/v1"]) != 0
     assert "trained with 1 of these 10 questions" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("labels", "cut_off", "is_warned"),
+    [
+        (LabelKind.CONSEQUENCE, 2, True),
+        (LabelKind.CONSEQUENCE, 1, False),
+        (LabelKind.PREFERENCE, 2, True),
+        (LabelKind.DIVERGENCE, 20, False),
+    ],
+)
+def test_train_warns_of_answers_that_were_cut_off(
+    labels: LabelKind, cut_off: int, is_warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [
+        replace(answer, token_count=40 if number < cut_off else 39)
+        for number, answer in enumerate(synthetic(20))
+    ]
+    monkeypatch.setattr(train, "load_paired_small", lambda *_: SimpleNamespace(name="tiny"))
+    monkeypatch.setattr(train, "check_questions_fit", lambda *_: None)
+    monkeypatch.setattr(train, "_label_answers", lambda *_: answers)
+    monkeypatch.setattr("mlxroute.training.head_fitting.fit_head", lambda *_, **__: None)
+    err = Console(file=io.StringIO(), width=300)
+    material = train._Material([], [], [], labels, tokens=40, at_once=1)
+    train._fit(Settings(), cast("LargeModel", ScriptedLarge([])), material, err)
+    said = "2 of 20 answers of the large model were cut off at 40 tokens, and are judged by what"
+    assert (said in cast("io.StringIO", err.file).getvalue()) == is_warned
 
 
 def test_an_unreadable_head_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,12 @@ import typer
 
 from mlxroute.cli.flags import AtOnce, Examples, QuestionFiles, Shots
 from mlxroute.cli.folders import cache_dir_of, data_name, hash_file
-from mlxroute.cli.model_pair import load_paired_small, note_recorded, open_recording
+from mlxroute.cli.model_pair import (
+    load_paired_small,
+    note_recorded,
+    open_recording,
+    warn_of_cut_off,
+)
 from mlxroute.cli.terminal import show_status
 from mlxroute.cli.worked_examples import (
     check_questions_fit,
@@ -182,6 +187,14 @@ def _fit(
     if material.labels is LabelKind.ADVANTAGE:
         return small.name, _fit_to_advantages(settings, small, large, material, provenance, err)
     answers = _label_answers(settings, small, large, material, err)
+    if material.labels in (LabelKind.CONSEQUENCE, LabelKind.PREFERENCE):
+        warn_of_cut_off(
+            # An end token in the last place counts too: saved labels do not tell it.
+            [answer.token_count >= material.tokens for answer in answers],
+            material.tokens,
+            "and are judged by what was written",
+            err,
+        )
     with show_status(err, "fitting"):
         fitted = fit_head(
             answers, material.questions, labels=material.labels, provenance=provenance
@@ -272,6 +285,12 @@ def _fit_to_advantages(
             folder=cache_dir_of(settings) / "labels",
             at_once=material.at_once,
             progress=progress,
+            on_answers=lambda answers: warn_of_cut_off(
+                [not answer.is_whole(small.vocabulary.eos_ids) for answer in answers],
+                material.tokens,
+                "so what is right may not be known from them",
+                err,
+            ),
         )
         return training.run(material.questions, examples=material.examples, provenance=provenance)
 
@@ -290,7 +309,7 @@ def _print_routed(fitted: FittedHead, err: Console) -> None:
     if report["unjudged"]:
         err.print(
             f"left out: {format_count(report['unjudged'], 'question')}, with no right answer in the"
-            " file and no answer found in the large model's text",
+            " file and no final answer in the large model's text",
             soft_wrap=True,
         )
     routed = report["routed"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlxroute.catalog.score_ranks import ScoreRanks
 from mlxroute.errors import UsageError
 from mlxroute.questions.question_files import Question
+from mlxroute.recorded.large_answers import LargeAnswer
 from mlxroute.recorded.recording_large import RecordingLarge
 from mlxroute.small import SmallModel
 from mlxroute.small.mlp_head import MlpHead
@@ -72,6 +73,8 @@ class AdvantageTraining:
         folder: Folder of the label files.
         at_once: Maximum number of calls in flight.
         progress: Receives how many answers are labelled, and written with each head.
+        on_answers: Receives the large model's answers to questions without a right answer; does
+            nothing by default.
     """
 
     small: SmallModel
@@ -82,6 +85,7 @@ class AdvantageTraining:
     folder: Path
     at_once: int
     progress: Progress
+    on_answers: Callable[[Sequence[LargeAnswer]], None] = lambda answers: None
 
     def run(
         self,
@@ -134,6 +138,7 @@ class AdvantageTraining:
             examples=examples,
             max_tokens=self.max_tokens,
             at_once=self.at_once,
+            on_answers=self.on_answers,
         )
         _check_count(len(judged), " that can be judged")
         return judged
