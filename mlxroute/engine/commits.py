@@ -70,7 +70,7 @@ class Commits:
         return self._clock() - self._began_s
 
     def skip(self, seconds: float) -> None:
-        """Leave seconds out of the times of the answer."""
+        """Leave out the time between the answer's making and its first iteration."""
         self._began_s += seconds
 
     def commit(self, decision: Decision, texts: Sequence[str]) -> Iterator[Token]:

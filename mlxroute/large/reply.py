@@ -21,7 +21,7 @@ class ReplyToken:
 
     @property
     def named_bytes(self) -> bytes:
-        """The token's bytes: `data` or, where the reply has none, those of `text`."""
+        """The bytes that the reply gives for the token: `data` or, without it, those of `text`."""
         return (self.text or "").encode() if self.data is None else self.data
 
 

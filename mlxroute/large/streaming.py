@@ -49,22 +49,25 @@ class TokenStream:
         call's request bodies.
         """
         if self.tokens:
-            first, *later = *self.tokens, *map(self._with_latency, tokens[len(self.tokens) :])
+            unpublished = tokens[len(self.tokens) :]
+            timed = (*self.tokens, *map(self._with_latency, unpublished))
         else:
-            # All arrived at once, so the later ones have no latency.
-            first, *later = self._with_latency(tokens[0]), *tokens[1:]
+            # Without a stream the later tokens arrived with the first, so they have no latency.
+            timed = (self._with_latency(tokens[0]), *tokens[1:])
         first = replace(
-            first,
+            timed[0],
             prompt_tokens=completion.prompt_tokens,
             cached_tokens=completion.cached_tokens,
             completion_tokens=completion.completion_tokens,
             uploaded_bytes=uploaded_bytes,
         )
-        return (first, *later)
+        return (first, *timed[1:])
 
     def _with_latency(self, token: LargeToken) -> LargeToken:
-        latency_s = time.perf_counter() - self._began_s
-        return replace(token, latency_s=latency_s, lost_s=self._deadline.lost_s)
+        return replace(token, latency_s=self._elapsed_s(), lost_s=self._deadline.lost_s)
+
+    def _elapsed_s(self) -> float:
+        return time.perf_counter() - self._began_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,16 +61,6 @@ def make_router(
     return Router(name, _initial_state(name, threshold, budget, quantiles))
 
 
-def _initial_state(
-    name: str, threshold: float | None, budget: float | None, quantiles: Sequence[float]
-) -> Threshold | Budget:
-    if threshold is not None and budget is None:
-        return Threshold(threshold)
-    if budget is not None and threshold is None:
-        return Budget.of(budget, quantiles, resolution=SCORES[name].resolution)
-    raise UsageError("a router takes either a threshold or a budget")
-
-
 def never_escalate() -> Router:
     """Return a router that keeps all tokens of the small model."""
     return Router("entropy", Threshold(math.inf))
@@ -106,3 +96,14 @@ class EntropyRouter(Router):
         if threshold is None and budget is None:
             budget = DEFAULT_BUDGET
         super().__init__("entropy", _initial_state("entropy", threshold, budget, quantiles))
+
+
+def _initial_state(
+    name: str, threshold: float | None, budget: float | None, quantiles: Sequence[float]
+) -> Threshold | Budget:
+    """Return the state before the first position, for a known name; raise as `make_router`."""
+    if threshold is not None and budget is None:
+        return Threshold(threshold)
+    if budget is not None and threshold is None:
+        return Budget.of(budget, quantiles, resolution=SCORES[name].resolution)
+    raise UsageError("a router takes either a threshold or a budget")

@@ -14,7 +14,7 @@ class Threshold:
     """Immutable router state that escalates scores above `threshold`, in the score's units.
 
     `inf` never escalates and `-inf` always does. NaN, the score of broken logits, is escalated
-    under every threshold but `inf`. Raises UsageError for a threshold that is NaN.
+    under every threshold but `inf`. Raises UsageError for a threshold that is not a number.
     """
 
     threshold: float

@@ -56,9 +56,9 @@ class PrefixCache:
         `find` with the same `owner`, by default "", returns it.
         """
         ids = array("q", token_ids)
-        is_divisible = is_plain(layers)
         if len(ids) < MIN_PREFIX_TOKENS or not self.fits(layers):
             return
+        is_divisible = is_plain(layers)
         for key, entry in list(self._entries.items()):
             if entry.owner != owner:
                 continue
@@ -70,7 +70,7 @@ class PrefixCache:
                 self._remove(key)
         kept = share(layers, len(ids)) if is_divisible else copy.deepcopy(layers)
         # What is kept is a view of the owner's buffers, which have room for more tokens.
-        size_bytes = sum(layer.nbytes for layer in layers)
+        size_bytes = _size_bytes(layers)
         self._entries[self._next_key] = _Entry(kept, ids, owner, size_bytes, is_divisible)
         self._next_key += 1
         self.size_bytes += size_bytes
@@ -79,7 +79,7 @@ class PrefixCache:
 
     def fits(self, layers: CacheLayers) -> bool:
         """Return whether a KV cache is small enough to be kept."""
-        return bool(sum(layer.nbytes for layer in layers) <= self._max_bytes)
+        return _size_bytes(layers) <= self._max_bytes
 
     def find(
         self, token_ids: Sequence[int], owner: str = ""
@@ -112,6 +112,10 @@ class PrefixCache:
 
     def _remove(self, key: int) -> None:
         self.size_bytes -= self._entries.pop(key).size_bytes
+
+
+def _size_bytes(layers: CacheLayers) -> int:
+    return int(sum(layer.nbytes for layer in layers))
 
 
 def _common_length(first: array[int], second: array[int]) -> int:

@@ -2,9 +2,9 @@
 
 Under `overlap` and `hedge` decoding goes on while calls are in flight. A branch is one continuation
 of the committed answer: the small model's own choices, and under `hedge` also some of its next
-likeliest choices at the positions with a call. Branches of equal
-length are decoded as one batch. The large model's token at a position drops the branches that have
-another token there; when none is left, decoding goes back to that position.
+likeliest choices at the positions with a call. Branches of equal length are decoded as one batch.
+The large model's token at a position drops the branches that have another token there; when none is
+left, decoding goes back to that position.
 
 A batch rounds differently from a row alone. Where that could change a decision, the tokens since
 the first batch are decoded again, one row and one token at a time, before the decision is made. So
@@ -89,8 +89,9 @@ class AheadLoop:
         """Decide the positions whose calls have ended."""
         for position in self._branches.pending_positions():
             # An earlier outcome may have dropped this position.
-            call = position.call
-            if call is not None and (decision := self._decision_by_call(position, call)):
+            if (call := position.call) is None:
+                continue
+            if (decision := self._decision_by_call(position, call)) is not None:
                 self._decide(position, decision)
         if self._has_new_prefetched():
             self._checked_prefetched = self._context.prefetched.generated

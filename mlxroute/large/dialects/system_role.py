@@ -14,8 +14,6 @@ from mlxroute.messages import fold_system
 
 _T = TypeVar("_T")
 _MIN_REFUSALS: Final = 2
-
-
 # What templates and servers say about the role: "System role not supported".
 _ABOUT_SYSTEM: Final = re.compile(r"\bsystem\b|\btemplate\b|\brole", re.IGNORECASE)
 

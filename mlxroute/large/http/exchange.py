@@ -224,16 +224,17 @@ class Exchange(threading.Thread):
         return self._endpoint.address.url
 
     def _send(self) -> HttpReply:
-        endpoint, sent = self._endpoint, self._body
+        endpoint = self._endpoint
+        request_body = self._body
         endpoint.ledger.raise_if_failed()
         if not self._connections_before:
             self._check_proxy()
         left_s = max(self._deadline.left_s(), 0.001)
         with self._session.request(
-            "GET" if sent is None else "POST",
+            "GET" if request_body is None else "POST",
             self._url,
-            data=_Body(sent, self._on_send) if sent else None,
-            headers={"Content-Type": "application/json"} if sent else None,
+            data=_Body(request_body, self._on_send) if request_body else None,
+            headers={"Content-Type": "application/json"} if request_body else None,
             timeout=(min(endpoint.connect_timeout_s, left_s), left_s),
             allow_redirects=False,
             stream=True,
@@ -246,11 +247,11 @@ class Exchange(threading.Thread):
             if 300 <= response.status_code < 400 and response.headers.get("Location"):
                 raise self._redirect_error(response)
             status = response.status_code
-            body = self._read(response)
+            reply_body = self._read(response)
             pause_s = retry.asked_pause_s(
-                response.headers, b"" if status == 200 else body, now_s=time.time()
+                response.headers, b"" if status == 200 else reply_body, now_s=time.time()
             )
-            return HttpReply(status, body, retry_after_s=pause_s)
+            return HttpReply(status, reply_body, retry_after_s=pause_s)
 
     def _on_send(self, body: bytes) -> None:
         self._endpoint.ledger.record_request(self._url, body)
@@ -278,7 +279,8 @@ class Exchange(threading.Thread):
             if not self._deadline.left_s():
                 raise self.deadline_error()
             # Events end with a line.
-            if self._listener and response.status_code == 200 and b"\n" in chunk:
+            may_publish = b"\n" in chunk and response.status_code == 200
+            if self._listener is not None and may_publish:
                 self._was_used = self._listener(bytes(body)) or self._was_used
         return bytes(body)
 

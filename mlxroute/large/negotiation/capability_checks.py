@@ -194,7 +194,7 @@ class CapabilityChecker:
 
     def _breaks_characters(self, prompt: Prompt) -> bool:
         """Return whether even the tokens of a whole character are decoded as a broken one."""
-        text = self._ask(prompt, probe_questions.MAX_TOKENS_PER_CHARACTER).completion.text
+        text = self._ask(prompt, probe_questions.TOKENS_FOR_NEXT_CHARACTER).completion.text
         return text.startswith(REPLACEMENT)
 
     def _check_consecutive_requests(self) -> CapabilityCheck:
@@ -301,7 +301,7 @@ class CapabilityChecker:
 
         It is empty if the reply does not go on with the answer so far.
         """
-        for count in range(1, probe_questions.MAX_TOKENS_PER_CHARACTER + 1):
+        for count in range(1, probe_questions.TOKENS_FOR_NEXT_CHARACTER + 1):
             try:
                 answer = self._ask(prompt, count)
             except DialectRejected as exc:
@@ -318,7 +318,7 @@ class CapabilityChecker:
 
     def _first_position(self, prompt: Prompt) -> ReplyPosition:
         """Return the next position, of the fewest tokens of which the first has a text."""
-        for count in range(1, probe_questions.MAX_TOKENS_PER_CHARACTER + 1):
+        for count in range(1, probe_questions.TOKENS_FOR_NEXT_CHARACTER + 1):
             position = self._ask(prompt, count).positions[0]
             # By example, a reply may end before its first new token.
             if self._reader.ends(position) or self._reader.text_bytes(position.token) is not None:

@@ -66,7 +66,7 @@ MULTI_BYTE: Final = (
     ProbeQuestion("ありがとう ありがとう ありがとう ありが", "とう", "Write ありがとう ten times."),
 )
 """The next character takes several bytes, and often several tokens."""
-MAX_TOKENS_PER_CHARACTER: Final = 4
+TOKENS_FOR_NEXT_CHARACTER: Final = 4
 """Enough for the next character: a token for each of its 3 bytes at most, and one for a space."""
 COUNTING: Final = ProbeQuestion(
     "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,", " 12", "Count from 1 to 30, separated by commas."

@@ -177,12 +177,10 @@ class _Reply:
             created=int(time.time()),
             include_usage=fields.include_usage,
         )
-        vocabulary = endpoint.session.small.vocabulary
-        self._logprobs = (
-            None
-            if top_logprobs is None
-            else LogprobForms(vocabulary, top_logprobs, is_chat=is_chat)
-        )
+        self._logprobs: LogprobForms | None = None
+        if top_logprobs is not None:
+            vocabulary = endpoint.session.small.vocabulary
+            self._logprobs = LogprobForms(vocabulary, top_logprobs, is_chat=is_chat)
         self._answers: list[ServedAnswer] = []
         self._scores: list[ScoredPrompt] = []
 

@@ -486,6 +486,17 @@ def test_the_end_of_a_chat_answer_is_after_its_text(
     assert "".join(text or "" for _, text, _ in before).strip() == content
 
 
+def test_an_end_token_without_bytes_is_the_end_of_a_chat_answer() -> None:
+    reply = spelled("Re", "d", "<|im_end|>", content="Red")
+    reply["choices"][0]["logprobs"]["content"][-1]["bytes"] = []
+    completion = read("chat continuation (flags)", reply)
+    assert texts(completion) == [
+        (None, "Re", False),
+        (None, "d", False),
+        (None, "<|im_end|>", True),
+    ]
+
+
 def test_a_chat_reply_with_thoughts_in_place_of_text_is_refused() -> None:
     for key in ("reasoning_content", "reasoning", "thinking"):
         reply = chat(None, token="Okay")

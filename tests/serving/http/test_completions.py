@@ -119,14 +119,13 @@ def test_logprobs_name_the_first_token_as_the_answer_shows_it() -> None:
         top_logprobs=(-0.1, -3.0, -4.0),
     )
     first = replace(scripted_answer.token("Hello"), token_id=ids[0], signals=view)
-    (entry,) = LogprobForms(vocabulary, 3, is_chat=True).answer([first])["content"]
+    forms = LogprobForms(vocabulary, 3, is_chat=True)
+    (entry,) = forms.answer([first])["content"]
     names = [item["token"] for item in entry["top_logprobs"]]
     assert (entry["token"], names) == ("Hello", ["Hello", "Hi", "Yes"])
     assert bytes(entry["bytes"]) == b"Hello"
     assert [bytes(item["bytes"]).decode() for item in entry["top_logprobs"]] == names
-    (entry,) = LogprobForms(vocabulary, 3, is_chat=True).answer([replace(first, text=" Hello")])[
-        "content"
-    ]
+    (entry,) = forms.answer([replace(first, text=" Hello")])["content"]
     assert entry["token"] == entry["top_logprobs"][0]["token"] == " Hello"
 
 

@@ -104,6 +104,6 @@ def _lacks_end_token(positions: Sequence[ReplyPosition], text: str) -> bool:
     """Return whether the tokens of an ended answer spell its whole text, so none is its end."""
     if len(positions) == 1:
         return True
-    # A listed end token may have a name and no bytes; its name counts.
+    # A listed end token may have a name and no bytes; its name must count.
     names = (token.data or (token.text or "").encode() for token in (p.token for p in positions))
     return bool(positions[-1].token.text) and b"".join(names).strip() == text.encode().strip()

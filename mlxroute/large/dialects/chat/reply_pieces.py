@@ -94,8 +94,8 @@ def _likeliest(positions: Sequence[ReplyPosition]) -> list[ReplyPosition]:
 
 def _spelled(tokens: Sequence[ReplyPosition]) -> str | None:
     """Return the text of tokens, without a character that the last one begins; None if invalid."""
+    data = b"".join(position.token.named_bytes for position in tokens)
     try:
-        data = b"".join(position.token.named_bytes for position in tokens)
         return codecs.getincrementaldecoder("utf-8")().decode(data)
     except UnicodeDecodeError:
         return None

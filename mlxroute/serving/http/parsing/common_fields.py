@@ -169,7 +169,7 @@ def with_ignored(answer: AnswerFields, fields: Fields) -> AnswerFields:
 def _read_options(fields: Fields, defaults: Options, mode: str | None) -> Options:
     limit = read_limit(fields, "max_completion_tokens", low=1)
     former_limit = read_limit(fields, "max_tokens", low=0)
-    max_tokens = former_limit if limit is None else limit
+    max_tokens = limit or former_limit
     return replace(
         defaults,
         max_tokens=defaults.max_tokens if max_tokens is None else max(1, max_tokens),

@@ -26,7 +26,7 @@ class LogprobForms:
     Args:
         vocabulary: The small model's vocabulary.
         top: Number of alternatives of each token.
-        is_chat: Whether they are for a chat completion; otherwise for a text completion.
+        is_chat: Whether they are those of a chat completion; otherwise of a text completion.
     """
 
     def __init__(self, vocabulary: Vocabulary, top: int, *, is_chat: bool) -> None:
