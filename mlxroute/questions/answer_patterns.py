@@ -44,7 +44,9 @@ _LONE_NUMBER = re.compile(
 )
 
 # Another answer after a number, as in "10, 12".
-_OTHER_NUMBER = re.compile(rf"\s*(?:[,;]|or\b|and\b|to\b)?\s*[-+]?{_UNSIGNED}")
+_OTHER_NUMBER = re.compile(rf"\s*(?:[,;]|(?:or|and|to)\b)\s*[-+]?{_UNSIGNED}")
+_THOUSANDS = re.compile(r"[-+]?\d+(?:,\d{3})+(?:\.\d+)?")
+_BETWEEN_NUMBERS = ("or", "and", "to")
 
 # Exact enough to compare numbers of any length, and it raises nothing.
 _ARITHMETIC = Context(prec=30, Emin=MIN_EMIN, Emax=MAX_EMAX, traps=[])
@@ -102,10 +104,10 @@ def parse_boxed_number(content: str) -> Decimal | None:
     """
     for term in reversed(_RELATION.split(_plain(content))):
         if match := _LONE_NUMBER.match(_join_sign(term)):
-            is_one = is_number(match[1].rstrip(",")) and not _OTHER_NUMBER.match(
-                match.string, match.end()
-            )
-            return _decimal(match[1]) if is_one else None
+            number = match[1].rstrip(",")
+            is_list = _OTHER_NUMBER.match(match.string, match.start(1) + len(number))
+            is_one = is_number(number) or _THOUSANDS.fullmatch(number)
+            return _decimal(number) if is_one and not is_list else None
     return None
 
 
@@ -128,12 +130,18 @@ def _decimal(number: str) -> Decimal:
 
 def _plain(content: str) -> str:
     """Return the content of a box without LaTeX that does not change its number."""
-    without_words = _WORDS.sub(" ", content)
+    without_words = _WORDS.sub(_without_word, content)
     if not _DIGIT.search(without_words):
         without_words = _WORDS.sub(r" \1 ", content)
     text = _NO_CONTENT.sub("", _LATEX_SEPARATOR.sub("", without_words))
     text = _plain_signs(_SPACE.sub(" ", text))
     return _join_sign(_SPACED_GROUPS.sub(lambda match: "".join(match[0].split()), text))
+
+
+def _without_word(match: re.Match[str]) -> str:
+    """Return a space, and a word that may stand between two numbers."""
+    word = match[1].strip()
+    return f" {word} " if word in _BETWEEN_NUMBERS else " "
 
 
 def _join_sign(text: str) -> str:

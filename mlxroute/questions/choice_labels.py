@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from mlxroute.questions.question_files import AnswerKind, Question
 
@@ -12,11 +12,14 @@ _AFTER_ANSWER_IS = re.compile(r"answer\s+is\b(.*)", re.IGNORECASE | re.DOTALL)
 _LABEL_IN_BRACKETS = re.compile(r"\(\s*([A-Za-z]|\d+)\s*\)")
 _IS_WRONG = re.compile(r"[\s*_]*\bis\s+(?:incorrect|wrong|not)\b", re.IGNORECASE)
 
-# A label after it is rejected, up to the next part of the sentence: "not the bank (A)".
+# What rejects the label or the choice directly after it: "not (A)", "nor the bank (A)".
 _NOT = re.compile(
-    r"\b(?:not(?!\s+(?:only|just|necessarily))|nor|neither)\b(?:(?!\bbut\b)[^,.;:!?\n()])*\Z",
+    r"\b(?:not|nor|neither)\s+(?:(?:the|an?)\s+)?(?:(?:option|choice|letter|label)\s+)?\Z",
     re.IGNORECASE,
 )
+_MARKUP_AT_END = re.compile(r"[\s*_`\"'“”‘’«»(\[{–—-]+\Z")
+# More than a choice and what is before it have; a longer search in each bracket would take long.
+_MAX_BEFORE = 300
 
 _CONCLUSION = re.compile(
     r"answer(?:[\s*_]+is\b|[\s*_]*:)|\\boxed(?=\s*\{)",
@@ -42,10 +45,9 @@ _MARKUP = (
 _MARKUP_BEFORE_LABEL = re.compile(_MARKUP, re.IGNORECASE)
 # A label stands alone: not in C++, 3.5, 1/2 or B's. "a" and "I" before a word are English words.
 _LABEL = re.compile(r"([A-Za-z]|\d+)(?![^\W_]|[%°+#]|[.,:]\d|['’/&–-]\w)(?!(?<=[aiI])\s+[^\W\d_])")
-# A label that a sentence gives as its whole answer.
+# A label that a sentence gives as its whole answer. "a" and "i" may be words.
 _WHOLE_LABEL = re.compile(
-    r"([A-Za-z]|\d+)[*_`\"'”’)\]}>]*(?:[.,;:!](?!\d)|\s*(?:\n|$)|\s+(?:because|since|not|and\s+not)\b)",
-    re.IGNORECASE,
+    r"([A-Zb-hj-z]|\d+)[*_`\"'”’)\]}>]*(?:[.,;:!](?!\w)|\s*(?:\n|$)|\s+(?i:because|since|(?:and\s+)?not)\b)"
 )
 _LABEL_AT_START = re.compile(
     r"\A" + _MARKUP + r"([A-Za-z]|\d+)[*_`\"']*\s*(?:[):\]}]|\.(?!\d)|$)", re.IGNORECASE
@@ -67,12 +69,13 @@ def find_requested_label(question: Question, text: str) -> str | None:
     if conclusion is None:
         return None
     after = conclusion[1]
-    matches = _LABEL_IN_BRACKETS.finditer(after)
-    label = _known_label(question, (m for m in matches if not _follows_not(question, m)))
+    label = _first_label(question, _LABEL_IN_BRACKETS.finditer(after), _follows_no_not)
     markup = _MARKUP_BEFORE_LABEL.match(after)
     stated = _WHOLE_LABEL.match(after, markup.end() if markup else 0)
-    is_other = _known_label(question, filter(None, [stated])) not in (None, label)
-    return None if is_other else label
+    if label and stated and _known_label(question, [stated]) not in (None, label):
+        # A number may be the text of the choice, and not another label.
+        return label if stated[1] in _choice_texts(question, label) else None
+    return label
 
 
 def find_label(question: Question, text: str) -> str | None:
@@ -117,22 +120,24 @@ def find_letter(text: str) -> str | None:
 
 def _accepted_label(question: Question, matches: Iterable[re.Match[str]]) -> str | None:
     """Return the first label of the matches that the text does not call wrong."""
-    accepted = (
-        match
-        for match in matches
-        if not _IS_WRONG.match(match.string, match.end()) and not _follows_not(question, match)
+    return _first_label(
+        question,
+        matches,
+        lambda question, match: (
+            not _IS_WRONG.match(match.string, match.end()) and _follows_no_not(question, match)
+        ),
     )
-    return _known_label(question, accepted)
 
 
-def _follows_not(question: Question, match: re.Match[str]) -> bool:
-    """Return whether a text rejects a label, or the choice that stands directly before it."""
-    before = match.string[: match.start()].rstrip()
-    for label, choice in question.choices:
+def _follows_no_not(question: Question, match: re.Match[str]) -> bool:
+    """Return whether no "not" stands directly before a label, or before its choice."""
+    before = match.string[max(0, match.start() - _MAX_BEFORE) : match.start()]
+    without_markup = _MARKUP_AT_END.sub("", before)
+    for text in _choice_texts(question, match[1].upper()):
         # The text of a choice may have a "not" of its own.
-        if choice and label.upper() == match[1].upper() and before.endswith(choice):
-            before = before.removesuffix(choice)
-    return _NOT.search(before) is not None
+        if text and (choice := re.search(_words_pattern(text) + r"\Z", without_markup, re.I)):
+            before = without_markup[: choice.start()]
+    return _NOT.search(_MARKUP_AT_END.sub(" ", before)) is None
 
 
 def _correct_label(question: Question, text: str) -> str | None:
@@ -144,8 +149,28 @@ def _correct_label(question: Question, text: str) -> str | None:
 
 def _known_label(question: Question, matches: Iterable[re.Match[str]]) -> str | None:
     """Return the first text of the matches that is one of the question's labels."""
+    return _first_label(question, matches, lambda question, match: True)
+
+
+def _first_label(
+    question: Question,
+    matches: Iterable[re.Match[str]],
+    is_accepted: Callable[[Question, re.Match[str]], bool],
+) -> str | None:
+    """Return the first text of the matches that is one of the question's labels and accepted."""
     labels = [label.upper() for label, _ in question.choices]
-    return next((match[1].upper() for match in matches if match[1].upper() in labels), None)
+    known = (match for match in matches if match[1].upper() in labels)
+    return next((match[1].upper() for match in known if is_accepted(question, match)), None)
+
+
+def _choice_texts(question: Question, label: str) -> list[str]:
+    """Return the text of the choice with a label in upper case."""
+    return [text.strip() for own, text in question.choices if own.upper() == label]
+
+
+def _words_pattern(text: str) -> str:
+    """Return a pattern of a choice's text, which takes any white space between words."""
+    return r"\s+".join(map(re.escape, text.split()))
 
 
 def _label_at(question: Question, text: str, begin: int) -> str | None:
@@ -185,9 +210,7 @@ def _choice_patterns(question: Question) -> list[tuple[str, re.Pattern[str]]]:
         (
             label,
             re.compile(
-                r"(?<![^\W_])(?<!\d[.,])"
-                + r"\s+".join(map(re.escape, text.split()))
-                + r"(?![^\W_]|[.,]\d)",
+                r"(?<![^\W_])(?<!\d[.,])" + _words_pattern(text) + r"(?![^\W_]|[.,]\d)",
                 re.IGNORECASE,
             ),
         )

@@ -111,6 +111,13 @@ def test_a_label_that_is_called_correct_counts(text: str, label: str | None) -> 
         ("The answer is A type of river (B).", "B", "B"),
         ("The answer is bank (B).", "B", "B"),
         ("So not (A), (B).", None, "B"),
+        ("The answer is not the bank — it is the river (B).", "B", "B"),
+        ("The answer is where people do not need a library card (B).", "B", "B"),
+        ("The answer is a place that is not dry (B).", "B", "B"),
+        ("Since fish are not in a bank they must be in (B)", None, "B"),
+        ("The answer is not only the river (B).", "B", "B"),
+        ("The answer is a.k.a. river (B)", "B", "B"),
+        ("The answer is a, hmm, river (B)", "B", "B"),
     ],
 )
 def test_a_label_that_is_rejected_is_not_the_answer(
@@ -122,7 +129,21 @@ def test_a_label_that_is_rejected_is_not_the_answer(
 
 def test_a_choice_may_have_a_not_of_its_own() -> None:
     signs = _question("stop", "do not disturb")
-    assert find_requested_label(signs, "The answer is do not disturb (B).") == "B"
+    for text in ("do not disturb", "Do not disturb", '"do not disturb"', "**do not  disturb** -"):
+        assert find_requested_label(signs, f"The answer is {text} (B).") == "B"
+    assert find_requested_label(signs, "The answer is not do not disturb (B).") is None
+
+
+def test_a_number_may_be_a_choice_and_not_another_label() -> None:
+    even = _question("2", "4", "6", "8", labels="1234")
+    assert find_requested_label(even, "The answer is 4, (2).") == "2"
+    assert find_requested_label(even, "The answer is 3, not (2).") is None
+
+
+@pytest.mark.parametrize("text", ["(x)", "(A) ", "not (A) ", "not the bank (A), "])
+def test_long_texts_are_read_in_time(text: str) -> None:
+    # Quadratic searches would take minutes here.
+    find_label(PLACES, "The answer is " + text * 20_000)
 
 
 def test_i_is_no_label_before_a_word() -> None:

@@ -225,8 +225,12 @@ def _report_data(
     names = {question.fingerprint for question in questions}
     # Earlier versions held out the first ones: such a run must not go on with others.
     spread = {"held_out_from": "all questions"} if len(questions) > MAX_EVERY_FIFTH else {}
+    # They also judged by answers that were cut off.
+    lacks_answers = any(question.answer is None for question in questions)
+    outcomes = {"outcomes_of": "answers that end"} if lacks_answers else {}
     return {
         **spread,
+        **outcomes,
         # A pipe has no fingerprint.
         "data": [
             {"name": data_name(file), "sha256": hash_file(file) if file.is_file() else None}
