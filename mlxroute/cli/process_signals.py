@@ -61,8 +61,7 @@ class ProcessSignals:
     ) -> bool:
         if self._wakeup is not None:
             TERMINAL.restore()
-            # The handler of Ctrl-C, which was set last, comes first: another one ends the process.
-            for number, handler in reversed(self._handlers.items()):
+            for number, handler in self._handlers.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._outer_wakeup)
             os.close(self._wakeup[1])

@@ -1,4 +1,4 @@
-"""The decode loop of every mode but `wait`, and of `wait` where other answers may share a batch.
+"""The decode loop of every mode but `wait`, and of every exact answer of `serve`.
 
 Under `overlap` and `hedge` decoding goes on while calls are in flight. A branch is one continuation
 of the committed answer: the small model's own choices, and under `hedge` also some of its next
