@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 
 from mlxroute.questions.question_files import AnswerKind, Question
 
@@ -69,7 +69,8 @@ def find_requested_label(question: Question, text: str) -> str | None:
     if conclusion is None:
         return None
     after = conclusion[1]
-    label = _first_label(question, _LABEL_IN_BRACKETS.finditer(after), _follows_no_not)
+    known = _known_matches(question, _LABEL_IN_BRACKETS.finditer(after))
+    label = next((match[1].upper() for match in known if not _is_rejected(question, match)), None)
     markup = _MARKUP_BEFORE_LABEL.match(after)
     stated = _WHOLE_LABEL.match(after, markup.end() if markup else 0)
     if label and stated and _known_label(question, [stated]) not in (None, label):
@@ -120,24 +121,23 @@ def find_letter(text: str) -> str | None:
 
 def _accepted_label(question: Question, matches: Iterable[re.Match[str]]) -> str | None:
     """Return the first label of the matches that the text does not call wrong."""
-    return _first_label(
-        question,
-        matches,
-        lambda question, match: (
-            not _IS_WRONG.match(match.string, match.end()) and _follows_no_not(question, match)
-        ),
+    accepted = (
+        match[1].upper()
+        for match in _known_matches(question, matches)
+        if not (_IS_WRONG.match(match.string, match.end()) or _is_rejected(question, match))
     )
+    return next(accepted, None)
 
 
-def _follows_no_not(question: Question, match: re.Match[str]) -> bool:
-    """Return whether no "not" stands directly before a label, or before its choice."""
+def _is_rejected(question: Question, match: re.Match[str]) -> bool:
+    """Return whether a "not" stands directly before a known label, or before its choice."""
     before = match.string[max(0, match.start() - _MAX_BEFORE) : match.start()]
     without_markup = _MARKUP_AT_END.sub("", before)
     for text in _choice_texts(question, match[1].upper()):
         # The text of a choice may have a "not" of its own.
         if text and (choice := re.search(_words_pattern(text) + r"\Z", without_markup, re.I)):
             before = without_markup[: choice.start()]
-    return _NOT.search(_MARKUP_AT_END.sub(" ", before)) is None
+    return _NOT.search(_MARKUP_AT_END.sub(" ", before)) is not None
 
 
 def _correct_label(question: Question, text: str) -> str | None:
@@ -149,18 +149,13 @@ def _correct_label(question: Question, text: str) -> str | None:
 
 def _known_label(question: Question, matches: Iterable[re.Match[str]]) -> str | None:
     """Return the first text of the matches that is one of the question's labels."""
-    return _first_label(question, matches, lambda question, match: True)
+    return next((match[1].upper() for match in _known_matches(question, matches)), None)
 
 
-def _first_label(
-    question: Question,
-    matches: Iterable[re.Match[str]],
-    is_accepted: Callable[[Question, re.Match[str]], bool],
-) -> str | None:
-    """Return the first text of the matches that is one of the question's labels and accepted."""
-    labels = [label.upper() for label, _ in question.choices]
-    known = (match for match in matches if match[1].upper() in labels)
-    return next((match[1].upper() for match in known if is_accepted(question, match)), None)
+def _known_matches(question: Question, matches: Iterable[re.Match[str]]) -> Iterator[re.Match[str]]:
+    """Return the matches whose text is one of the question's labels."""
+    labels = {label.upper() for label, _ in question.choices}
+    return (match for match in matches if match[1].upper() in labels)
 
 
 def _choice_texts(question: Question, label: str) -> list[str]:
